@@ -1,0 +1,400 @@
+"""The model: loading, fast attention for GPT-Neo, the answer-only loss, optimizer and schedule."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+
+import freeze
+from config import ModelParams, UserError
+from data import IGNORE, Batch
+
+# Logits of one chunk hold at most so many numbers, whatever the vocabulary (128 MB in float32).
+LOGITS_PER_CHUNK = 2**25
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+# ----------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a hub id or a local directory.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises whatever its many loaders raise
+        raise UserError(f"{_place(name)}: no tokenizer could be loaded: {_reason(error)}") from None
+
+
+def load_model(
+    name: str, *, from_scratch: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[nn.Module, list[str]]:
+    """A causal language model in `dtype`, with the fastest attention there is for it.
+
+    Args:
+        name: hub id or local directory.
+        from_scratch: initialise at random (from `seed`) instead of loading weights.
+
+    Returns:
+        The model and remarks for the user, such as that its weights are random.
+
+    Raises:
+        UserError: nothing there, no weights without `from_scratch`, not a causal LM.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"model_name: {name}: a file; allowed: a model directory or a hub id")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"model_name: {name}: the directory has no config.json")
+    has_weights = any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES)
+    if path.is_dir() and not has_weights and not from_scratch:
+        raise UserError(
+            f"model_name: {name}: found a config but no weights; set "
+            "model_params.from_scratch: true to initialise them at random, or name a directory "
+            "with a model.safetensors"
+        )
+    remarks = []
+    try:
+        config = AutoConfig.from_pretrained(name)
+        # GPT-Neo has no SDPA of its own and gets ours below; others take transformers' choice.
+        attention = {"attn_implementation": "eager"} if config.model_type == "gpt_neo" else {}
+        if from_scratch:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+            remarks.append(f"weights initialised at random from seed {seed} (from_scratch)")
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **attention)
+            stored = getattr(config, "dtype", None)
+            if isinstance(stored, torch.dtype) and stored != dtype:
+                remarks.append(f"stored in {_name(stored)}, loaded as {_name(dtype)}")
+    except Exception as error:
+        raise UserError(f"{_place(name)}: cannot be loaded: {_reason(error)}") from None
+    speed_up(model)
+    return model, remarks
+
+
+def _place(name: str) -> str:
+    return f"model_name: {name}" + ("" if Path(name).exists() else " (not a local directory)")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many positions the model knows; None for a model without a limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_fits(model: nn.Module, tokenizer: Any, length: int, key: str) -> None:
+    """Raise a UserError if sequences of `length` or the tokenizer's ids are beyond the model."""
+    context = context_length(model)
+    if context is not None and length > context:
+        raise UserError(f"{key}: found {length}; allowed: at most {context}, the model's context")
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"embeddings for {rows}; they do not belong together"
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names and shapes of all parameters: which architecture this is."""
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------- attention
+
+
+class SdpaGPTNeoAttention(GPTNeoSelfAttention):
+    """GPT-Neo's attention through scaled_dot_product_attention.
+
+    transformers has GPT-Neo in eager form only, which builds a float32 [B, H, T, S] matrix a
+    layer. Two things are GPT-Neo's own: queries are not scaled, and in local layers a token sees
+    only the `window_size` newest tokens, itself included.
+    """
+
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S]."""
+        T, S = query.size(-2), key.size(-2)
+        window = self.config.window_size if self.attention_type == "local" else S
+        if T == 1 and S > window:  # one new token: the window is the newest keys
+            key, value = key[..., -window:, :], value[..., -window:, :]
+            attention_mask = None if attention_mask is None else attention_mask[..., -window:]
+        elif S > window:
+            near = _causal_window(T, S, window, query.device)
+            if attention_mask is None:
+                attention_mask = near
+            elif attention_mask.dtype == torch.bool:
+                attention_mask = attention_mask & near
+            else:
+                lowest = torch.finfo(attention_mask.dtype).min
+                attention_mask = attention_mask.masked_fill(~near, lowest)
+        elif attention_mask is None and 1 < T < S:
+            attention_mask = _causal_window(T, S, S, query.device)
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            is_causal=attention_mask is None and T > 1,
+            scale=1.0,
+        )
+        return output, None
+
+
+@functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
+def _causal_window(T: int, S: int, window: int, device: torch.device) -> Tensor:
+    """bool [T, S]: which of S keys each of the T newest queries sees."""
+    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def speed_up(model: nn.Module) -> None:
+    """Put faster modules with the same results in place: GPT-Neo's attention, tanh-GELU."""
+    for module in model.modules():
+        if type(module) is GPTNeoSelfAttention:
+            module.__class__ = SdpaGPTNeoAttention
+            module.bias = None  # the [1, 1, context, context] mask of the eager form
+        for name, child in module.named_children():
+            # The same formula written out in Python, as eight operations over the widest tensor.
+            if type(child) is transformers.activations.NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    if model.config.model_type == "gpt_neo":
+        # Lets transformers skip the mask when causality alone decides.
+        model.config._attn_implementation = "sdpa"
+
+
+# -------------------------------------------------------------------------------------- loss
+
+
+class AnswerModel(nn.Module):
+    """A causal LM as a function from a batch to its summed answer loss.
+
+    The output head is run on target positions only. transformers' models compute
+    `head(backbone(x))`, some with a final scaling or soft cap; `__init__` runs both ways on a few
+    tokens, and a model that does anything else gets the plain, slower path (`self.split` false).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        text = model.config.get_text_config()
+        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        accepted = inspect.signature(model.forward).parameters
+        # ALiBi models and OPT find positions from the mask; recurrent models have another cache.
+        self.takes_positions = "position_ids" in accepted
+        self.takes_cache = "past_key_values" in accepted
+        self.split = self._splits()
+
+    @torch.no_grad()
+    def _splits(self) -> bool:
+        device = next(self.model.parameters()).device
+        ids = torch.arange(4, device=device)[None] % self.model.config.get_text_config().vocab_size
+        training = self.model.training
+        self.model.eval()
+        try:
+            whole = self.model(ids, use_cache=False).logits
+            parts = self._head(self._backbone(ids)[0])
+            return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+        finally:
+            self.model.train(training)
+
+    def _backbone(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum over the batch's targets of -log p(target), float scalar."""
+        if not self.split:
+            logits = self.model(batch.input_ids, use_cache=False).logits.flatten(0, 1)
+            chosen = logits.index_select(0, batch.target_positions).float()
+            return F.cross_entropy(chosen, batch.target_ids, ignore_index=IGNORE, reduction="sum")
+        hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+        hidden = hidden.index_select(0, batch.target_positions)
+        head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
+        return _ChunkedLoss.apply(self._head, self._vocabulary(), hidden, batch.target_ids, *head)
+
+    @torch.no_grad()
+    def target_losses(self, batch: Batch) -> Tensor:
+        """-log p of each target, float [M]; what `forward` sums."""
+        rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
+        if self.split:
+            hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+            chunks = hidden.index_select(0, batch.target_positions).split(rows)
+            logits = (self._head(chunk) for chunk in chunks)
+        else:
+            whole = self.model(batch.input_ids, use_cache=False).logits.flatten(0, 1)
+            logits = iter(whole.index_select(0, batch.target_positions).split(rows))
+        losses = [
+            F.cross_entropy(scores.float(), ids, ignore_index=IGNORE, reduction="none")
+            for scores, ids in zip(logits, batch.target_ids.split(rows))
+        ]
+        return torch.cat(losses)
+
+    def _vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def next_logits(self, input_ids: Tensor, last: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Logits [B, V] of the token after position `last` [B] of each row, and the cache."""
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        if not self.split:
+            kwargs["use_cache"] = "past_key_values" in kwargs
+            output = self.model(input_ids, **kwargs)
+            return output.logits[rows, last].float(), getattr(output, "past_key_values", None)
+        output = self._backbone(input_ids, **kwargs)
+        return self._head(output[0][rows, last]).float(), getattr(output, "past_key_values", None)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy through the output head, in chunks of positions.
+
+    The gradient of a chunk is taken while its logits are there, so that neither logits nor their
+    gradient ever exist for more than one chunk. softmax(logits) - onehot(target) is written over
+    the logits themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Callable[[Tensor], Tensor],
+        vocabulary: int,
+        hidden: Tensor,
+        target_ids: Tensor,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """hidden [M, C], target_ids [M]; `parameters` are the head's trainable ones."""
+        need_hidden = hidden.requires_grad
+        backward = torch.is_grad_enabled() or need_hidden or bool(parameters)
+        rows = max(1, LOGITS_PER_CHUNK // vocabulary)
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=accumulate)
+        hidden_grads: list[Tensor] = []
+        grads = [torch.zeros_like(p) for p in parameters]
+        for h, ids in zip(hidden.detach().split(rows), target_ids.split(rows)):
+            with torch.set_grad_enabled(backward):
+                h = h.requires_grad_(need_hidden)
+                logits = head(h)
+            # Shared memory when there is nothing to convert: it is overwritten below.
+            scores = logits.detach().to(accumulate)
+            valid = ids != IGNORE
+            ids = ids.where(valid, 0)[:, None]
+            log_total = scores.logsumexp(-1, keepdim=True)
+            chosen = scores.gather(-1, ids)
+            loss += ((log_total - chosen).squeeze(-1) * valid).sum()
+            if not (need_hidden or parameters):
+                continue
+            scores = scores.sub_(log_total).exp_()
+            scores.scatter_add_(-1, ids, -torch.ones_like(chosen))
+            scores *= valid[:, None]
+            inputs = [h, *parameters] if need_hidden else list(parameters)
+            new = torch.autograd.grad(logits, inputs, scores.to(logits.dtype))
+            if need_hidden:
+                hidden_grads.append(new[0])
+            for total, part in zip(grads, new[-len(grads) :] if grads else ()):
+                total += part
+        ctx.hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden)
+        ctx.grads = grads
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = outputs[0]
+        hidden = ctx.hidden_grad.mul_(scale) if ctx.needs_input_grad[2] else None
+        return (None, None, hidden, None, *(g.mul_(scale) for g in ctx.grads))
+
+
+# --------------------------------------------------------------------- optimizer and schedule
+
+
+def make_optimizer(
+    model: nn.Module, params: ModelParams, *, fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on neither biases nor norms."""
+    decayed, plain = [], []
+    for name, kind, parameter in freeze.classify(model):
+        if parameter.requires_grad:
+            no_decay = kind == "ln" or name.endswith("bias") or parameter.ndim < 2
+            (plain if no_decay else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": params.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=params.learning_rate,
+        betas=(params.adam_betas[0], params.adam_betas[1]),
+        fused=fused,
+    )
+
+
+def warmup_steps(value: float, total_steps: int) -> int:
+    """`warmup_steps_per_cent` in steps: below 1 a share of all steps, from 1 on a percentage."""
+    share = value if value < 1 else value / 100
+    return min(total_steps, math.ceil(share * total_steps))
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """The rate of optimizer step `step` (from 0): linear up over `warmup` steps, then linear to 0.
+
+    No step has a rate of 0, which would change nothing: the first has peak / warmup, the last
+    peak / (total - warmup).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * max(0.0, (total - step) / max(1, total - warmup))
+
+
+# ------------------------------------------------------------------------------------ export
+
+
+def export(model: nn.Module, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+    """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' own remarks off the console; what matters of them we say ourselves."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def parameters_in(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,644 @@
+"""One training run: what it is set up from, and the bookkeeping around the loop in sft.py.
+
+Set-up reads configuration, data, model and, when resuming, a checkpoint. Bookkeeping decides when
+to validate, save and log, and keeps the counters that a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import checkpoint
+import freeze
+from config import TrainConfig, UserError, resolved, to_yaml
+from data import (
+    Batch,
+    DataSource,
+    Encoder,
+    Prompt,
+    cached_samples,
+    collate,
+    epoch_order,
+    hold_out,
+    micro_batches,
+    numbered,
+)
+from device import Device, StepResult
+from evaluate import summed_loss, validate
+from model import (
+    AnswerModel,
+    check_fits,
+    context_length,
+    export,
+    fingerprint,
+    learning_rate,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    quiet_libraries,
+    warmup_steps,
+)
+from track import METRICS, Console, Metrics, WandbWriter, duration
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
+SAMPLE_ANSWERS = 3  # shown after a validation that generates
+
+
+@dataclass
+class State:
+    """The counters of a run; everything here is part of a checkpoint.
+
+    position counts the steps that were tried, global_step those that changed the weights. The
+    window_* sums run since the last log point.
+    """
+
+    position: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    bad_in_row: int = 0
+    overflows: int = 0
+    window_loss: float = 0.0
+    window_targets: int = 0
+    window_tokens: int = 0
+    validated_at: int = -1
+    best_value: float | None = None
+    best_step: int = 0
+    seconds: float = 0.0
+    wandb_id: str = ""
+
+    def count(self, result: StepResult, tokens: int, targets: int) -> None:
+        """Account for one tried step."""
+        self.position += 1
+        if result.applied:
+            self.global_step += 1
+            self.tokens += tokens
+            self.bad_in_row = 0
+            self.window_loss += result.loss
+            self.window_targets += targets
+            self.window_tokens += tokens
+        elif result.overflow:
+            self.overflows += 1
+        else:
+            self.bad_steps += 1
+            self.bad_in_row += 1
+
+
+class Run:
+    """Everything that the loop in `sft.train` works with.
+
+    Attributes:
+        samples, val_samples: what is trained on and validated on.
+        samples_per_step: batch_size x accumulate_grad_batches x ranks.
+        steps_per_epoch, total_steps: in optimizer steps.
+        trainable: the parameters that the optimizer updates.
+    """
+
+    def __init__(self, config: TrainConfig, quiet: bool = False) -> None:
+        quiet_libraries()
+        self.config = config
+        self.params = config.trainer.params
+        self.clip = self.params.gradient_clip_val
+        self.console = Console(quiet=quiet)
+        self.device = Device(self.params.accelerator, self.params.precision)
+        self.directory = Path(config.trainer.checkpoint.dirpath)
+        self.resumed_from = self._open_directory()
+
+        source = DataSource.open(config.data.data_dir)
+        self.remarks: list[str] = []
+        self._load_model()
+        self._load_data(source)
+        self._plan()
+        identity = {
+            "model": fingerprint(self.model.model),
+            "data": source.fingerprint(),
+            "samples_per_step": self.samples_per_step,
+        }
+        self.identity = identity
+        self.state = State(wandb_id=uuid.uuid4().hex[:8])
+        metrics_size = 0
+        self.device.seed(config.seed)
+        if self.resumed_from:
+            metrics_size = self._restore(self.resumed_from)
+        self.saved_at = self._moment() if self.resumed_from else None
+        self._open_records(metrics_size)
+        self._announce()
+        self.started = self.window_started = time.monotonic()
+
+    # ---------------------------------------------------------------------------- set-up
+
+    def _open_directory(self) -> Path | None:
+        """Make the run's directory usable; the checkpoint to resume from, if any."""
+        checkpoint_config, wanted = self.config.trainer.checkpoint, self.config.trainer.ckpt_path
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe = self.directory / f".tmp-probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"trainer.checkpoint.dirpath: {self.directory}: cannot be written to "
+                f"({error.strerror}); name a directory that can"
+            ) from None
+        checkpoint.clean_up(self.directory)
+        there = checkpoint.steps(self.directory)
+        if wanted is None:
+            if there or (self.directory / "best").exists():
+                newest = there[0].name if there else "best"
+                raise UserError(
+                    f"trainer.checkpoint.dirpath: {self.directory} already holds a run "
+                    f"({newest}); go on with it by trainer.ckpt_path=last, or name another "
+                    "directory by trainer.checkpoint.dirpath=..."
+                )
+            return None
+        path, remarks = checkpoint.find(wanted, self.directory)
+        for remark in remarks:
+            self.console.warn(remark)
+        newer = [p for p in there if p.name > path.name and len(p.name) >= len(path.name)]
+        inside = path.resolve().parent == self.directory.resolve()
+        if newer and inside and not remarks:
+            raise UserError(
+                f"trainer.ckpt_path: {path} is older than {newer[0].name} in the same run; go on "
+                "with trainer.ckpt_path=last, or branch off with another "
+                f"{checkpoint_config.dirpath!r} in trainer.checkpoint.dirpath"
+            )
+        return path
+
+    def _load_model(self) -> None:
+        config = self.config
+        name = str(self.resumed_from or config.model_name)
+        self.tokenizer = load_tokenizer(name)
+        self.encoder = Encoder(self.tokenizer, config.data.prompt_template)
+        scratch = config.model_params.from_scratch and not self.resumed_from
+        model, remarks = load_model(
+            name, from_scratch=scratch, dtype=self.device.weights_dtype, seed=config.seed
+        )
+        self.remarks += remarks
+        check_fits(model, self.tokenizer, config.data.max_length, "data.max_length")
+        freeze.apply(model, config.model_params)
+        self.model = AnswerModel(model.to(self.device.torch_device))
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(model, config.model_params)
+
+    def _load_data(self, source: DataSource) -> None:
+        config, data = self.config, self.config.data
+        cache = (self.encoder, data.max_length, data.truncate_promt)
+        self.samples, self.overlap = cached_samples(source, "train", *cache)
+        self.train_counts = self.samples.counts
+        self.val_split = "train"
+        if self.params.overfit_batches:
+            count = self.params.overfit_batches
+            size = count * data.batch_size if isinstance(count, int) else count * len(self.samples)
+            chosen = np.arange(min(len(self.samples), max(1, math.ceil(size))))
+            self.samples = self.val_samples = self.samples.subset(chosen)
+        elif "val" in source.splits:
+            self.val_split = "val"
+            self.val_samples, _ = cached_samples(source, "val", *cache)
+        elif len(self.samples):
+            self.samples, self.val_samples = hold_out(self.samples, data.val_fraction, config.seed)
+        for name, samples in (("train", self.samples), (self.val_split, self.val_samples)):
+            if int(samples.target_lengths.sum()) == 0:
+                raise UserError(
+                    f"data: the split {name!r} has no target token to learn: "
+                    f"{samples.counts.describe()}; raise data.max_length ({data.max_length})"
+                )
+        self.prompts = self._validation_prompts(source)
+
+    def _validation_prompts(self, source: DataSource) -> list[Prompt]:
+        """The validation questions to answer, with the very ids that training sees."""
+        params = self.config.model_params
+        if not params.do_compute_metrics:
+            return []
+        count = min(params.val_generate_samples, len(self.val_samples))
+        wanted = {self.val_samples.row(i): i for i in range(count)}
+        prompts = []
+        for pair in source.pairs(self.val_split):
+            if pair.row in wanted:
+                ids, prompt = self.val_samples.ids(wanted[pair.row])
+                prompts.append(Prompt(pair.row, pair.question, pair.answer, ids[:prompt].tolist()))
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        context = context_length(self.model.model)
+        new = params.val_generate_params.max_new_tokens
+        if context is not None and longest + new > context:
+            raise UserError(
+                f"model_params.val_generate_params.max_new_tokens: found {new}; allowed: at most "
+                f"{context - longest}, the model's context ({context}) less the longest prompt"
+            )
+        return prompts
+
+    def _plan(self) -> None:
+        """The arithmetic of batches, steps and epochs."""
+        params, ranks = self.params, self.device.world_size
+        self.samples_per_step = self.config.data.batch_size * params.accumulate_grad_batches * ranks
+        self.steps_per_epoch = math.ceil(len(self.samples) / self.samples_per_step)
+        epochs = params.max_epochs if params.max_epochs > 0 else math.inf
+        self.end_position = epochs * self.steps_per_epoch
+        self.total_steps = int(min(self.end_position, params.max_steps or math.inf))
+        self.warmup = warmup_steps(self.config.model_params.warmup_steps_per_cent, self.total_steps)
+        self._order_epoch = -1
+
+    def _restore(self, path: Path) -> int:
+        """Take over a checkpoint's state; the size that metrics.jsonl had."""
+        stored = checkpoint.load_state(path)
+        try:
+            self.remarks += checkpoint.check_same_run(stored, self.config, self.identity, path)
+            self.state = State(**stored["state"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+            self.device.scaler.load_state_dict(stored["scaler"])
+            self.device.set_rng_state(stored["rng"])
+            size = int(stored["metrics_size"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a trainer state of this version: {error!r}") from None
+        same_run = path.resolve().parent == self.directory.resolve()
+        return size if same_run else 0
+
+    def _open_records(self, metrics_size: int) -> None:
+        """metrics.jsonl, the resolved configuration, and what the run was made with."""
+        metrics = self.directory / METRICS
+        if metrics.exists() and not metrics_size:
+            metrics.replace(metrics.with_suffix(".old.jsonl"))
+        self.metrics = Metrics(self.directory, metrics_size)
+        (self.directory / checkpoint.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+        record = {
+            "command": _command(),
+            "resumed_from": str(self.resumed_from) if self.resumed_from else None,
+            "git_commit": _git_commit(),
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "device": self.device.describe(),
+            "precision": self.params.precision,
+            "data_sha256": self.identity["data"],
+            "train": asdict(self.train_counts),
+            self.val_split if self.val_split != "train" else "held_out": asdict(
+                self.val_samples.counts
+            ),
+            **self.overlap,
+        }
+        (self.directory / "run.json").write_text(json.dumps(record, indent=1))
+        self.wandb: WandbWriter | None = None
+        if self.config.wandb is not None:
+            self.wandb = WandbWriter(
+                self.config.wandb,
+                self.directory,
+                resolved(self.config) | {"run": record},
+                self.state.wandb_id,
+                self.console,
+                "train",
+            )
+
+    def _announce(self) -> None:
+        """What will run, before it runs."""
+        say, params, config = self.console.say, self.params, self.config
+        model = self.model.model
+        kinds = freeze.report(model)
+        total, trained = sum(k[1] for k in kinds), sum(k[2] for k in kinds)
+        say(f"model     {config.model_name}, {total:,} parameters, {trained / total:.1%} trained")
+        say("          " + ", ".join(f"{kind} {t / n:.0%} of {n:,}" for kind, n, t in kinds))
+        for remark in self.remarks:
+            say(f"          {remark}")
+        say(f"data      {config.data.data_dir} [train]: {self.train_counts.describe()}")
+        if self.overlap["duplicates"] or self.overlap["train_test_overlap"]:
+            self.console.warn(
+                f"{config.data.data_dir}: {self.overlap['duplicates']} pairs of train are "
+                f"duplicates, {self.overlap['train_test_overlap']} questions of test are in train"
+            )
+        held = "held out of train" if self.val_split == "train" else f"[{self.val_split}]"
+        if params.overfit_batches:
+            held = "the same (overfit_batches)"
+        counts = "" if self.val_split == "train" else f": {self.val_samples.counts.describe()}"
+        sizes = f"{len(self.samples):,} samples to train, {len(self.val_samples):,} to validate"
+        say(f"          {sizes}, {held}{counts}")
+        ids, prompt = self.samples.ids(0)
+        decode = self.tokenizer.decode
+        shown = f"{decode(ids[:prompt])}[[{decode(ids[prompt:])}]]".replace("\n", "\\n")
+        say(f"sample    {shown}   (trained on what is in [[ ]])")
+        say(
+            f"step      {config.data.batch_size} samples x {params.accumulate_grad_batches} "
+            f"batches x {self.device.world_size} ranks = {self.samples_per_step} samples"
+        )
+        say(
+            f"plan      {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all, "
+            f"{self.warmup:,} of them warm-up"
+        )
+        say(f"device    {self.device.describe()}, precision {params.precision}")
+        slow = self.device.slow_precision()
+        if slow:
+            self.console.warn(slow)
+        every = config.trainer.checkpoint.every_n_train_steps
+        say(f"output    {self.directory}, a checkpoint every {every:,} steps")
+        if self.resumed_from:
+            say(f"resume    {self.resumed_from}, after step {self.state.global_step:,}")
+        self.console.start_bar(self.total_steps, self.state.global_step)
+
+    # ------------------------------------------------------------------------ during the loop
+
+    def finished(self) -> bool:
+        limit = self.params.max_steps
+        return self.state.position >= self.end_position or (
+            limit is not None and self.state.global_step >= limit
+        )
+
+    def validation_due(self) -> bool:
+        state, interval = self.state, self.params.val_check_interval
+        if state.position == 0 or state.validated_at == state.position:
+            return False
+        if self.finished():
+            return True
+        if isinstance(interval, int):
+            return state.global_step > 0 and state.global_step % interval == 0
+        every = max(1, int(self.steps_per_epoch * interval))
+        in_epoch = (state.position - 1) % self.steps_per_epoch + 1
+        return in_epoch % every == 0
+
+    def checkpoint_due(self) -> bool:
+        every = self.config.trainer.checkpoint.every_n_train_steps
+        step = self.state.global_step
+        return step > 0 and step % every == 0 and self.saved_at != self._moment()
+
+    def _moment(self) -> tuple[int, int]:
+        """What a checkpoint stands for: after which step, and after which validation."""
+        return self.state.position, self.state.validated_at
+
+    def next_rows(self) -> np.ndarray:
+        """Indices of the samples of the next step, the same for all ranks."""
+        epoch, k = divmod(self.state.position, self.steps_per_epoch)
+        if epoch != self._order_epoch:
+            self._order_epoch = epoch
+            self._order = epoch_order(
+                len(self.samples),
+                self.samples_per_step,
+                self.config.seed,
+                epoch,
+                self.samples.lengths if self.config.data.group_by_length else None,
+                shuffle=not self.params.overfit_batches,
+            )
+        return self._order[k * self.samples_per_step : (k + 1) * self.samples_per_step]
+
+    def micro_batches(self, rows: np.ndarray) -> Iterator[Batch]:
+        """This rank's share of a step's samples, collated."""
+        size, device = self.config.data.batch_size, self.device
+        parts = micro_batches(rows, size, self.samples.lengths, device.rank, device.world_size)
+        shape = (size, self.config.data.max_length) if self.config.data.on_tpu else None
+        for part in parts:
+            yield collate(self.samples, part, static_shape=shape)
+
+    def set_learning_rate(self) -> float:
+        rate = learning_rate(
+            self.state.global_step,
+            self.config.model_params.learning_rate,
+            self.warmup,
+            self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def after_step(self, result: StepResult, rows: np.ndarray, rate: float) -> None:
+        """Count, check and log one tried step.
+
+        Raises:
+            UserError: too many steps in a row with a loss or gradient that is no number.
+        """
+        state = self.state
+        tokens = int(self.samples.lengths[rows].sum())
+        state.count(result, tokens, int(self.samples.target_lengths[rows].sum()))
+        self._check_health(result, rows)
+        mean = result.loss / max(1, int(self.samples.target_lengths[rows].sum()))
+        speed = state.tokens / max(1e-9, state.seconds + time.monotonic() - self.started)
+        self.console.progress(
+            state.global_step, loss=f"{mean:.4f}", lr=f"{rate:.2e}", tokens_s=f"{speed:,.0f}"
+        )
+        due = state.global_step % self.params.log_every_n_steps == 0 or self.finished()
+        if result.applied and due:
+            self._log(result, rate)
+
+    def _check_health(self, result: StepResult, rows: np.ndarray) -> None:
+        if result.applied or result.overflow:
+            return
+        state, limit = self.state, self.params.max_bad_steps
+        names = numbered(sorted(self.samples.row(int(i)) for i in rows))
+        what = "loss" if not math.isfinite(result.loss) else "gradient norm"
+        self.console.warn(
+            f"step {state.global_step + 1} skipped: its {what} is not a finite number "
+            f"({names} of train; {state.bad_in_row} in a row)"
+        )
+        self.metrics.write(
+            {"step": state.global_step, "bad_steps": state.bad_steps, "position": state.position}
+        )
+        if state.bad_in_row >= limit:
+            raise UserError(
+                f"stopped: {state.bad_in_row} steps in a row had a {what} that is not a finite "
+                f"number (trainer.params.max_bad_steps: {limit})\n"
+                f"  the last samples were {names} of train in {self.config.data.data_dir}\n"
+                "  look at them, lower model_params.learning_rate, or use precision 32 or "
+                f"bf16-mixed; the checkpoints in {self.directory} are from before"
+            )
+
+    def _log(self, result: StepResult, rate: float) -> None:
+        state, now = self.state, time.monotonic()
+        loss = state.window_loss / max(1, state.window_targets)
+        speed = state.window_tokens / max(1e-9, now - self.window_started)
+        values = {
+            "step": state.global_step,
+            "epoch": round(state.position / self.steps_per_epoch, 4),
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": state.tokens,
+            "bad_steps": state.bad_steps,
+            "overflows": state.overflows,
+            "tokens_per_second": round(speed, 1),
+            "seconds": round(state.seconds + now - self.started, 3),
+            "memory": self.device.peak_memory(),
+        }
+        self.metrics.write(values)
+        if self.wandb:
+            kept = {f"train/{k}": v for k, v in values.items() if k != "step"}
+            self.wandb.log(kept | {"global_step": state.global_step})
+        left = (self.total_steps - state.global_step) * self._seconds_per_step()
+        self.console.step_line(
+            f"step {state.global_step:,}/{self.total_steps:,}  loss {loss:.4f}  lr {rate:.2e}  "
+            f"norm {result.grad_norm:.2f}  {speed:,.0f} tokens/s  {duration(left)} left"
+        )
+        state.window_loss, state.window_targets, state.window_tokens = 0.0, 0, 0
+        self.window_started = now
+
+    def _seconds_per_step(self) -> float:
+        spent = self.state.seconds + time.monotonic() - self.started
+        return spent / max(1, self.state.global_step)
+
+    # -------------------------------------------------------------------- validation and saving
+
+    def sanity_check(self, should_stop: Callable[[], bool]) -> None:
+        """A few validation batches before training, so that what is broken fails now."""
+        count = self.params.num_sanity_val_steps
+        if count == 0 or self.resumed_from:
+            return
+        batches = None if count < 0 else count
+        size = self.config.data.batch_size
+        result = summed_loss(self.model, self.val_samples, self.device, size, should_stop, batches)
+        if result is not None:
+            self.console.say(f"sanity    validation loss {result[0] / result[1]:.4f}")
+
+    def validate(self, should_stop: Callable[[], bool]) -> bool:
+        """Validate, log it, and keep the model if it is the best; false if it was stopped."""
+        began = time.monotonic()
+        result = validate(
+            self.model,
+            self.val_samples,
+            self.prompts,
+            self.encoder,
+            self.config,
+            self.device,
+            should_stop,
+        )
+        if result is None:
+            return False
+        values, records = result
+        state, chosen = self.state, self.config.trainer.checkpoint
+        state.validated_at = state.position
+        epoch = round(state.position / self.steps_per_epoch, 4)
+        self.metrics.write({"step": state.global_step, "epoch": epoch, **values})
+        if self.wandb:
+            kept = {f"val/{k.removeprefix('val_')}": v for k, v in values.items()}
+            self.wandb.log(kept | {"global_step": state.global_step})
+            if records:
+                columns = ["question", "reference", "generated", "exact_match"]
+                rows = [[record[c] for c in columns] for record in records]
+                self.wandb.table("val/answers", columns, rows, state.global_step)
+        value, best = values[chosen.log_obg], state.best_value
+        better = best is None or (value < best if chosen.mode == "min" else value > best)
+        if math.isfinite(value) and better:
+            state.best_value, state.best_step = value, state.global_step
+            self._write("best", lambda directory: None)
+        shown = "  ".join(f"{name} {v:.4f}" for name, v in values.items())
+        mark = "  *best*" if state.best_step == state.global_step else ""
+        self.console.say(
+            f"validated after step {state.global_step:,} in {duration(time.monotonic() - began)}: "
+            f"{shown}{mark}"
+        )
+        for record in records[:SAMPLE_ANSWERS]:
+            self.console.say(
+                f"    {record['question']!r} -> {record['generated']!r}, expected "
+                f"{record['reference']!r}"
+            )
+        self.window_started += time.monotonic() - began  # not training time
+        self.started += time.monotonic() - began
+        return True
+
+    def save(self) -> Path:
+        """Write a resumable checkpoint, then rotate older ones."""
+        began = time.monotonic()
+        self.state.seconds += began - self.started
+        self.started = began
+        contents = {
+            "state": asdict(self.state),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.device.scaler.state_dict(),
+            "rng": self.device.rng_state(),
+            "metrics_size": self.metrics.sync(),
+            "identity": self.identity,
+            "config": resolved(self.config),
+        }
+        path = self._write(
+            checkpoint.step_name(self.state.global_step),
+            lambda directory: torch.save(contents, directory / checkpoint.STATE),
+        )
+        self.saved_at = self._moment()
+        keep = self.config.trainer.checkpoint.save_top_k
+        checkpoint.rotate(self.directory, keep, self.resumed_from)
+        self.console.say(f"saved {path} in {duration(time.monotonic() - began)}")
+        spent = time.monotonic() - began
+        self.started += spent
+        self.window_started += spent
+        return path
+
+    def _write(self, name: str, add: Callable[[Path], Any]) -> Path:
+        about = {
+            "prompt_template": self.config.data.prompt_template,
+            "model_name": self.config.model_name,
+            "global_step": self.state.global_step,
+            self.config.trainer.checkpoint.log_obg: self.state.best_value,
+        }
+
+        def write(directory: Path) -> None:
+            export(self.model.model, self.tokenizer, directory)
+            (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
+            (directory / checkpoint.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
+            add(directory)
+
+        return checkpoint.save(self.directory, name, write)
+
+    def finish(self, stopped_by: int | None) -> int:
+        """Save, close the records, say how to go on; the exit code."""
+        if self.saved_at != self._moment() and self.state.position > 0:
+            self.save()
+        self.metrics.close()
+        self.console.close()
+        say, state, chosen = self.console.say, self.state, self.config.trainer.checkpoint
+        if self.wandb:
+            self.wandb.summary({"best_checkpoint": str(self.directory / "best")})
+            self.wandb.finish()
+        if stopped_by is not None and state.position == 0:
+            say("stopped before the first step; there is nothing to go on from")
+            return 128 + stopped_by
+        if stopped_by is not None:
+            say(
+                f"stopped after step {state.global_step:,} of {self.total_steps:,}; go on with\n"
+                f"  {_command(resume=True)}"
+            )
+            return 128 + stopped_by
+        spent = duration(state.seconds)
+        skipped = f", {state.bad_steps} steps skipped" if state.bad_steps else ""
+        say(f"done      {state.global_step:,} steps, {state.tokens:,} tokens, {spent}{skipped}")
+        if state.best_value is not None:
+            say(
+                f"best      {chosen.log_obg} {state.best_value:.4f} after step "
+                f"{state.best_step:,}: {self.directory / 'best'}"
+            )
+        say(
+            "test it   python sft.py test configs/test.yaml "
+            f"test_params.test_model_path={self.directory}"
+        )
+        return 0
+
+
+def _command(resume: bool = False) -> str:
+    """The command line of this process, without secrets."""
+    words = [w for w in sys.argv if not w.startswith("wandb.api=")]
+    if resume:
+        words = [w for w in words if not w.startswith("trainer.ckpt_path=")]
+        words.append("trainer.ckpt_path=last")
+    return " ".join(["python", *words])
+
+
+def _git_commit() -> str | None:
+    try:
+        where = Path(__file__).parent
+        command = ["git", "-C", str(where), "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return result.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

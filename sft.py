@@ -1,0 +1,123 @@
+"""sft: supervised fine-tuning of causal language models in plain PyTorch.
+
+    python sft.py train configs/trainer.yaml
+    python sft.py train configs/trainer.yaml trainer.ckpt_path=last trainer.params.max_epochs=5
+    python sft.py test  configs/test.yaml
+
+Any key of the file can be given as key.path=value behind it. `train` is the training loop, from
+top to bottom; what it calls lies in data.py, model.py, device.py, checkpoint.py and evaluate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from types import FrameType
+
+from config import TestConfig, TrainConfig, UserError, load
+
+INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's number
+
+
+class Stop:
+    """Remembers that SIGINT or SIGTERM asked to stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(INTERRUPTED + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        message = f"\n{name}: stopping after this step; once more stops at once\n"
+        os.write(sys.stderr.fileno(), message.encode())
+
+    def requested(self) -> bool:
+        return self.signal is not None
+
+
+def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
+    """Train as the configuration says; returns the process's exit code.
+
+    Raises:
+        UserError: anything wrong with configuration, data, model, checkpoint or disk.
+    """
+    from run import Run  # torch comes with it, and takes two seconds
+
+    run = Run(config, quiet)
+    model, samples, device = run.model, run.samples, run.device
+    run.sanity_check(stop.requested)
+
+    while not stop.requested():
+        if run.validation_due() and not run.validate(stop.requested):
+            break
+        if run.finished():
+            break
+        if run.checkpoint_due():
+            run.save()
+
+        # One optimizer step: the next samples in the epoch's order, in micro-batches.
+        rows = run.next_rows()
+        targets = int(samples.target_lengths[rows].sum())
+        loss = device.zero()
+        model.train()
+        for batch in device.feed(run.micro_batches(rows)):
+            with device.autocast():
+                summed = model(batch)
+            device.backward(summed / targets)
+            loss += summed.detach()
+        rate = run.set_learning_rate()
+        result = device.step(run.optimizer, run.trainable, run.clip, loss)
+        run.after_step(result, rows, rate)
+
+    return run.finish(stop.signal)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sft.py", description="Supervised fine-tuning of causal language models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("train", "train a model as a YAML file says, e.g. configs/trainer.yaml"),
+        ("test", "answer a split's questions and score the answers, e.g. configs/test.yaml"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", help="the YAML file")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key.path=value",
+            help="replaces a key of the file, e.g. trainer.params.max_epochs=1",
+        )
+        command.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "train":
+            training = load(TrainConfig, arguments.config, arguments.overrides)
+            return train(training, Stop(), arguments.quiet)
+        testing = load(TestConfig, arguments.config, arguments.overrides)
+        return test(testing, Stop(), arguments.quiet)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
+    """Answer and score the questions of a split; returns the process's exit code."""
+    import evaluate
+    from model import quiet_libraries
+    from track import Console
+
+    quiet_libraries()
+    finished = evaluate.test(config, Console(quiet=quiet), stop.requested)
+    return 0 if finished or stop.signal is None else INTERRUPTED + stop.signal
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,191 @@
+"""Shared pieces: tiny models of several architectures, tiny data, runs in and out of process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    Qwen2Config,
+)
+
+import sft
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "data" / "tiny-gpt-neo"
+KINDS = ("gpt_neo", "gpt2", "llama", "qwen2")
+
+
+def tiny_config(kind: str, vocab_size: int, dropout: float = 0.0) -> Any:
+    """A model of a few thousand parameters; GPT-Neo's local window is shorter than our texts."""
+    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt_neo":
+        return GPTNeoConfig(
+            hidden_size=32,
+            num_layers=4,
+            num_heads=2,
+            max_position_embeddings=128,
+            window_size=8,
+            attention_types=[[["global", "local"], 2]],
+            attention_dropout=dropout,
+            embed_dropout=dropout,
+            resid_dropout=dropout,
+            **common,
+        )
+    if kind == "gpt2":
+        drops = {"attn_pdrop": dropout, "embd_pdrop": dropout, "resid_pdrop": dropout}
+        return GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=128, **drops, **common)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_dropout": dropout,
+    }
+    if kind == "llama":
+        return LlamaConfig(**sizes, **common, tie_word_embeddings=False)
+    return Qwen2Config(**sizes, **common, tie_word_embeddings=True)
+
+
+@pytest.fixture(autouse=True)
+def _separate_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
+    monkeypatch.setenv("SFT_CACHE", str(tmp_path_factory.getbasetemp() / "token-cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
+    """A directory with random weights and a tokenizer for each of KINDS."""
+    directories = {}
+    for kind in KINDS:
+        torch.manual_seed(7)
+        # Weights larger than usual, so that logits differ enough to tell tokens apart.
+        config = tiny_config(kind, len(tokenizer))
+        config.initializer_range = 0.2
+        model = AutoModelForCausalLM.from_config(config)
+        directories[kind] = tmp_path_factory.mktemp("models") / kind
+        model.save_pretrained(directories[kind])
+        tokenizer.save_pretrained(directories[kind])
+    return directories
+
+
+QUESTIONS = [
+    ("What is the capital of France?", "Paris"),
+    ("Which element has the symbol Fe, and what is its atomic number?", "Iron, number 26"),
+    ("Two plus two?", "four"),
+    ("Name the three primary colours in the order of the rainbow.", "red, yellow and blue"),
+    ("Is water wet?", "Yes, by most definitions, although some chemists like to disagree"),
+    ("Capital of Italy?", "Rome"),
+    ("What is the plural of mouse, as the animal and not the device?", "mice"),
+    ("How many days has a leap year?", "366"),
+    ("Opposite of hot?", "cold"),
+    ("Which planet is the largest in the solar system?", "Jupiter"),
+    ("What do bees make?", "Honey, wax and now and then trouble"),
+]
+
+
+def rows(count: int, offset: int = 0) -> list[dict[str, str]]:
+    """Different questions with answers of very different lengths."""
+    made = []
+    for i in range(offset, offset + count):
+        question, answer = QUESTIONS[i % len(QUESTIONS)]
+        made.append({"Question": f"{question} ({i})", "Answer": answer})
+    return made
+
+
+@pytest.fixture
+def data_file(tmp_path: Path) -> Path:
+    path = tmp_path / "data.json"
+    path.write_text(
+        json.dumps({"train": rows(22), "val": rows(6, offset=40), "test": rows(7, offset=60)})
+    )
+    return path
+
+
+def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> dict[str, Any]:
+    """A complete small configuration; `changes` are key.path=value with `__` for the dots."""
+    config: dict[str, Any] = {
+        "data": {"data_dir": str(data), "batch_size": 4, "max_length": 64},
+        "model_name": str(model),
+        "model_params": {"learning_rate": 1e-2, "warmup_steps_per_cent": 0.1},
+        "seed": 1,
+        "trainer": {
+            "checkpoint": {"dirpath": str(run), "every_n_train_steps": 100},
+            "params": {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1},
+        },
+    }
+    for path, value in changes.items():
+        node = config
+        *parents, leaf = path.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return config
+
+
+def write_yaml(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, allow_unicode=True))
+    return path
+
+
+def cli(*arguments: Any) -> int:
+    """The command line in this process: fast, and its output goes to capsys."""
+    return sft.main([str(argument) for argument in arguments])
+
+
+def train(config: dict[str, Any], *overrides: str) -> int:
+    """Run `train` in this process on a configuration given as a dictionary."""
+    path = Path(config["trainer"]["checkpoint"]["dirpath"]).with_suffix(".yaml")
+    return cli("train", write_yaml(path, config), *overrides, "--quiet")
+
+
+def process(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, str(ROOT / "sft.py"), *map(str, arguments)]
+    kwargs.setdefault("timeout", 120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def metrics_of(run: Path, timing: bool = False) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the values that differ from machine to machine."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not timing:
+        for line in lines:
+            for name in ("tokens_per_second", "seconds", "memory"):
+                line.pop(name, None)
+    return lines
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def newest(run: Path) -> Path:
+    return sorted(run.glob("step-*"))[-1]
