@@ -138,6 +138,10 @@ def key(default: Any, meaning: str, *, resume: Literal["fixed", "free"] = "fixed
     return Field(default, description=meaning, json_schema_extra={"resume": resume})
 
 
+def free(default: Any, meaning: str) -> Any:
+    return key(default, meaning, resume="free")
+
+
 def section(model: type[BaseModel]) -> Any:
     return Field(default_factory=model)
 
@@ -163,26 +167,26 @@ class Wandb(Section):
 
 
 class GenerateParams(Section):
-    do_sample: bool = key(False, "sample instead of taking the likeliest token")
-    max_new_tokens: PositiveInt = key(64, "at most so many tokens an answer")
-    min_new_tokens: Annotated[int, Field(ge=0)] = key(0, "EOS is not allowed before")
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = key(
+    do_sample: bool = free(False, "sample instead of taking the likeliest token")
+    max_new_tokens: PositiveInt = free(64, "at most so many tokens an answer")
+    min_new_tokens: Annotated[int, Field(ge=0)] = free(0, "EOS is not allowed before")
+    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = free(
         0, "no n-gram of this size twice in prompt + answer; 0 = off"
     )
-    repetition_penalty: Annotated[float, Field(gt=0)] = key(1.0, "above 1 discourages repeats")
-    temperature: Annotated[float, Field(gt=0)] = key(1.0, "divides the logits when sampling")
-    top_k: Annotated[int, Field(ge=0)] = key(50, "sample among the k likeliest; 0 = all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "sample within this probability mass")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = key(
+    repetition_penalty: Annotated[float, Field(gt=0)] = free(1.0, "above 1 discourages repeats")
+    temperature: Annotated[float, Field(gt=0)] = free(1.0, "divides the logits when sampling")
+    top_k: Annotated[int, Field(ge=0)] = free(50, "sample among the k likeliest; 0 = all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "sample within this probability mass")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = free(
         None, "sample tokens at least this likely relative to the likeliest"
     )
-    typical_p: Annotated[float, Field(gt=0, le=1)] = key(1.0, "locally typical sampling")
-    epsilon_cutoff: Share = key(0.0, "sample tokens at least this likely")
-    eta_cutoff: Share = key(0.0, "entropy-dependent form of epsilon_cutoff")
-    bad_words_ids: list[list[int]] | None = key(None, "token sequences never to generate")
-    suppress_tokens: list[int] | None = key(None, "token ids never to generate")
-    begin_suppress_tokens: list[int] | None = key(None, "token ids not to begin an answer with")
-    eos_token_id: int | list[int] | None = key(
+    typical_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "locally typical sampling")
+    epsilon_cutoff: Share = free(0.0, "sample tokens at least this likely")
+    eta_cutoff: Share = free(0.0, "entropy-dependent form of epsilon_cutoff")
+    bad_words_ids: list[list[int]] | None = free(None, "token sequences never to generate")
+    suppress_tokens: list[int] | None = free(None, "token ids never to generate")
+    begin_suppress_tokens: list[int] | None = free(None, "token ids not to begin an answer with")
+    eos_token_id: int | list[int] | None = free(
         None, "what ends an answer; null: the tokenizer's EOS"
     )
 
@@ -224,7 +228,7 @@ class ModelParams(Section):
     layers_not_to_freeze: list[int] = key(
         [], "indices of blocks that stay trainable; negative counts from the top"
     )
-    from_scratch: bool = key(False, "initialise at random a model directory that has no weights")
+    from_scratch: bool = free(False, "initialise at random a model directory that has no weights")
     val_generate_samples: PositiveInt = key(
         64, "validation samples to answer when `do_compute_metrics`", resume="free"
     )
@@ -600,3 +604,39 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
+
+
+def reference() -> str:
+    """docs/configuration.md: every key with its default and meaning."""
+    parts = [
+        "# Configuration",
+        "",
+        "Made from `config.py` by `python config.py > docs/configuration.md`; CI checks that it is up",
+        "to date. A key without a default is required. On the command line, `key.path=value` behind",
+        "the file's name replaces a key. *Resume* says what happens when a checkpoint is resumed",
+        "with another value: *fixed* is refused, *free* is used and named.",
+        "",
+        "`truncate_promt` and `log_obg` are the names; `truncate_prompt` and `log_obj` work too.",
+        "Without a `wandb` section, W&B is off.",
+    ]
+    for title, schema in (("trainer.yaml", TrainConfig), ("test.yaml", TestConfig)):
+        resume = schema is TrainConfig
+        parts += ["", f"## {title}", "", "| key | default | meaning |" + " resume |" * resume]
+        parts.append("|---|---|---|" + "---|" * resume)
+        for path, field in walk(schema):
+            extra = field.json_schema_extra
+            default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
+            cells = [f"`{path}`", default, field.description or ""]
+            if resume:
+                cells.append(str(extra["resume"]) if isinstance(extra, dict) else "")
+            parts.append("| " + " | ".join(cells) + " |")
+    return "\n".join(parts) + "\n"
+
+
+def _as_yaml(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
+    return text.removesuffix("...").strip().replace("\n", "\\n")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

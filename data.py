@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,9 @@ IGNORE = -100  # the label of a position that is not trained on (torch's cross_e
 SPLIT_NAMES = {"validation": "val"}
 POOL = 512  # samples that are sorted by length together; see epoch_order
 CHUNK = 1000  # pairs tokenised at a time
+LOOK_AHEAD = 24  # characters, longer than nearly every word; see Encoder.cut_prompt
 SHOWN_ROWS = 5
+CSV_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072
 
 
 # ------------------------------------------------------------------------------------ reading
@@ -63,8 +66,11 @@ class DataSource:
             UserError: missing or broken file, or one that does not have the expected shape.
         """
         path = Path(data_dir)
-        if not path.exists():
-            raise UserError(f"data.data_dir: {path}: no such file or directory")
+        try:
+            path.stat()
+        except (OSError, ValueError) as error:  # absent, forbidden, too long or not a path at all
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"data.data_dir: {path}: {reason.lower()}") from None
         files = [path]
         if path.is_dir():
             named = [
@@ -84,8 +90,13 @@ class DataSource:
             if file.suffix == ".json":
                 splits.update(_read_json(file))
             elif file.suffix in (".jsonl", ".csv"):
-                name = file.stem if path.is_dir() else "train"
-                splits[SPLIT_NAMES.get(name, name)] = file
+                name = SPLIT_NAMES.get(file.stem, file.stem) if path.is_dir() else "train"
+                if name in splits:
+                    raise UserError(
+                        f"data.data_dir: {path}: {file.name} and {Path(str(splits[name])).name} "
+                        f"are both the split {name!r}; keep one of them"
+                    )
+                splits[name] = file
             else:
                 raise UserError(f"{file}: found {file.suffix!r}; allowed: .json, .jsonl or .csv")
         return cls(path, splits, question_key, answer_key)
@@ -142,15 +153,18 @@ class DataSource:
 
     def fingerprint(self) -> str:
         """SHA-256 over the contents of the split files, not over their paths."""
-        digest = hashlib.sha256(f"{self.question_key}\0{self.answer_key}".encode())
-        files = {p for p in self.splits.values() if isinstance(p, Path)}
+        files = {name: p for name, p in self.splits.items() if isinstance(p, Path)}
         if not files:
-            files = {self.path if self.path.is_file() else next(self.path.glob("*.json"))}
-        for file in sorted(files):
+            files[""] = self.path if self.path.is_file() else next(self.path.glob("*.json"))
+        parts = [self.question_key, self.answer_key]
+        for name, file in sorted(files.items()):
+            digest = hashlib.sha256()
             with file.open("rb") as handle:
                 while block := handle.read(1 << 20):
                     digest.update(block)
-        return digest.hexdigest()
+            # Each file by itself: a row moved from one split's end to the next one's start counts.
+            parts += [name, file.suffix, digest.hexdigest()]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 _SPLITS = ("train", "val", "test")
@@ -171,16 +185,27 @@ def _kind(value: Any) -> str:
     )
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For the json module, which would silently take the last of two values of a key."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice")
+    return made
+
+
 def _read_json(file: Path) -> dict[str, list[Any] | Path]:
     try:
         with file.open(encoding="utf-8-sig") as handle:
-            content = json.load(handle)
+            content = json.load(handle, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
+        hint = "; one object a line? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise UserError(
-            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}"
         ) from None
     except (UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 JSON: {error}") from None
+        raise UserError(f"{file}: cannot be read as UTF-8 JSON: {_reason(error)}") from None
     shape = (
         '{"train": [{"Question": "...", "Answer": "..."}, ...], "test": [...]} ("val" is optional)'
     )
@@ -211,20 +236,31 @@ def _records(rows: list[Any] | Path) -> Iterator[Any]:
     try:
         with rows.open(encoding="utf-8-sig", newline="") as handle:
             if rows.suffix == ".csv":
+                csv.field_size_limit(CSV_FIELD)
                 yield from csv.DictReader(handle)
                 return
             for number, line in enumerate(handle, start=1):
                 if not line.strip():
                     continue
                 try:
-                    yield json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
+                    record = json.loads(line, object_pairs_hook=_object)
+                except json.JSONDecodeError as error:
                     raise UserError(
-                        f"{rows}, line {number}: not valid JSON: {error}; "
-                        "a .jsonl file has one object a line"
+                        f"{rows}, line {number}, column {error.colno}: not valid JSON: "
+                        f"{error.msg}; a .jsonl file has one object a line"
                     ) from None
+                except (RecursionError, ValueError) as error:
+                    message = f"{rows}, line {number}: cannot be read: {_reason(error)}"
+                    raise UserError(message) from None
+                yield record
     except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise UserError(f"{rows}: cannot be read as UTF-8 text: {error}") from None
+        raise UserError(f"{rows}: cannot be read as UTF-8 text: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def overlap(source: DataSource) -> dict[str, int]:
@@ -293,8 +329,10 @@ class Encoder:
     def prompts(self, questions: list[str]) -> list[list[int]]:
         """Token ids of each question in the template."""
         texts = [self.template.replace("{question}", question) for question in questions]
-        ids = self._ids(texts, split=not self.special_in_template)
-        return [self.prefix + i for i in ids]
+        prompts = self._ids(texts, split=not self.special_in_template)
+        # A template that is written with the BOS token has the prefix already.
+        size = len(self.prefix)
+        return [ids if ids[:size] == self.prefix else self.prefix + ids for ids in prompts]
 
     def targets(self, answers: list[str]) -> list[list[int]]:
         """Token ids of each answer, with one EOS at the end and none before."""
@@ -304,8 +342,8 @@ class Encoder:
         """The prompt with its question shortened from the end until it has at most `room` ids.
 
         The template's words stay whole; with no room for them either, the result is longer than
-        `room`. Bisection over characters: the count of ids grows with the text, up to a token or
-        two, which the last loop takes care of.
+        `room`. Bisection over characters, then a look further on: a whole word often is one
+        token where a part of it is three, so that bisection alone stops within a word that fits.
         """
         low, high = 0, len(question)
         while low < high:
@@ -314,9 +352,16 @@ class Encoder:
                 low = middle
             else:
                 high = middle - 1
-        while low > 0 and len(self.prompts([question[:low]])[0]) > room:
-            low -= 1
-        return self.prompts([question[:low]])[0]
+        best = self.prompts([question[:low]])[0]
+        while low < len(question):
+            rest_of_word = len(re.match(r"\s*\S*", question[low : low + LOOK_AHEAD])[0])  # type: ignore[index]
+            ends = range(low + 1, low + rest_of_word + 1)
+            longer = self.prompts([question[:end] for end in ends])
+            fitting = [(end, ids) for end, ids in zip(ends, longer) if len(ids) <= room]
+            if not fitting:
+                break
+            low, best = fitting[-1]
+        return best
 
     def fingerprint(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -434,15 +479,15 @@ def prepare_train(
         rows: list[int] = []
         for (row, question, _), prompt, target in zip(chunk, prompts, targets):
             if len(prompt) + len(target) > max_length:
+                whole = prompt
                 if truncate_promt:
-                    shorter = encoder.cut_prompt(question, max_length - len(target))
-                    if shorter != prompt:
-                        counts.add("question_cut", row)
-                    prompt = shorter
-                room = max(0, max_length - len(prompt))
-                if room == 0:
+                    prompt = encoder.cut_prompt(question, max_length - len(target))
+                room = max_length - len(prompt)
+                if room < 1:
                     counts.add("dropped", row)
                     continue
+                if prompt != whole:
+                    counts.add("question_cut", row)
                 if room < len(target):
                     counts.add("answer_cut", row)
                     target = target[:room]

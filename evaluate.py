@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import metrics
 import numpy as np
-import report
 import torch
 from torch import Tensor
 from transformers import (
@@ -39,6 +37,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 import checkpoint
+import metrics
+import report
 from config import DEFAULT_TEMPLATE, GenerateParams, TestConfig, TrainConfig, UserError, resolved
 from data import DataSource, Encoder, Prompt, Samples, collate, pad_prompts, prepare_inference
 from device import Device

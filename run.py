@@ -57,6 +57,13 @@ from track import METRICS, Console, Metrics, WandbWriter, duration
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
 SAMPLE_ANSWERS = 3  # shown after a validation that generates
+SHOWN_METRICS = (
+    ("val_loss", "loss", 4),
+    ("val_exact_match", "exact match", 3),
+    ("val_token_f1", "F1", 3),
+    ("val_bleu", "BLEU", 3),
+    ("val_rougeL", "ROUGE-L", 3),
+)
 
 
 @dataclass
@@ -526,12 +533,14 @@ class Run:
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
-        shown = "  ".join(f"{name} {v:.4f}" for name, v in values.items())
-        mark = "  *best*" if state.best_step == state.global_step else ""
-        self.console.say(
-            f"validated after step {state.global_step:,} in {duration(time.monotonic() - began)}: "
-            f"{shown}{mark}"
+        shown = "  ".join(
+            f"{short} {values[name]:.{digits}f}"
+            for name, short, digits in SHOWN_METRICS
+            if name in values
         )
+        mark = "  *best*" if state.best_step == state.global_step else ""
+        took = duration(time.monotonic() - began)
+        self.console.say(f"validated step {state.global_step:,}  {shown}  {took}{mark}")
         for record in records[:SAMPLE_ANSWERS]:
             self.console.say(
                 f"    {record['question']!r} -> {record['generated']!r}, expected "

@@ -175,7 +175,10 @@ class WandbWriter:
             dir=str(directory),
             config=config,
             mode=mode,
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            # Without W&B's own metadata: it holds the command line, which may hold the key.
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True
+            ),
         )
         run.define_metric("global_step")
         for prefix in ("train/*", "val/*", "test/*"):

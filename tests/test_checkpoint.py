@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import metrics_of, newest, process, train, train_config, write_yaml
 
 import checkpoint
 from checkpoint import Damaged
 from config import UserError
+from conftest import metrics_of, newest, process, train, train_config, write_yaml
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, newest, train, train_config, weights_of
 
 import freeze
 from config import ModelParams, UserError
+from conftest import KINDS, newest, train, train_config, weights_of
 from model import load_model
 
 # For each architecture: a parameter name and the kind it must have.

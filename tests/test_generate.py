@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, rows
 from transformers import AutoModelForCausalLM
 
 from config import GenerateParams
+from conftest import KINDS, rows
 from data import Encoder, Prompt
 from device import Device
 from evaluate import generate

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import KINDS, rows, tiny_config
 from transformers import AutoModelForCausalLM
 
 import model as model_module
 from config import ModelParams, UserError
+from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
 from model import (
     AnswerModel,

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from conftest import (
     metrics_of,
     newest,
@@ -20,8 +22,6 @@ from conftest import (
     train_config,
     weights_of,
 )
-from transformers import AutoModelForCausalLM
-
 from run import Run
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cli, metrics_of, newest, rows, train, train_config, weights_of, write_yaml
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from config import TrainConfig, from_dict
+from conftest import cli, metrics_of, newest, rows, train, train_config, weights_of, write_yaml
 from data import Encoder, Pair, prepare_train
 from run import Run
 

@@ -1,0 +1,335 @@
+"""Real crashes of real processes: SIGKILL at any moment, signals, numbers going wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+from conftest import (
+    ROOT,
+    cli,
+    metrics_of,
+    newest,
+    process,
+    rows,
+    train,
+    train_config,
+    write_yaml,
+)
+from test_resume import assert_same_run, dropout_model  # noqa: F401 - a fixture
+
+# Runs the command line and kills itself, really, at the n-th of the moments that are named: the
+# calls of functions inside a checkpoint write, or the steps of the loop.
+SELF_KILLING = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch; torch.set_num_threads(1)
+import checkpoint, run, sft, shutil, pathlib
+countdown = [int(sys.argv[1])]
+def deadly(owner, name):
+    original = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+if sys.argv[2] == "write":
+    for name in ("_write_manifest", "_sha256", "_sync"):
+        deadly(checkpoint, name)
+    deadly(run, "export"); deadly(torch, "save"); deadly(shutil, "rmtree")
+    deadly(pathlib.Path, "rename")
+else:
+    deadly(run.Run, "set_learning_rate"); deadly(run.Run, "after_step"); deadly(run, "validate")
+sys.exit(sft.main(sys.argv[3:]))
+"""
+
+
+def crashing_config(model: Path, data: Path, run: Path) -> dict[str, Any]:
+    return train_config(
+        model,
+        data,
+        run,
+        trainer__checkpoint__every_n_train_steps=1,
+        trainer__params__val_check_interval=4,
+    )
+
+
+def kill_and_resume(
+    where: str, moments: list[int], config: dict[str, Any], tmp_path: Path
+) -> tuple[int, int]:
+    """Kill a process at each of `moments`, resuming in between, then let it finish.
+
+    Returns the number of kills and of resumes from an intact checkpoint.
+    """
+    script = tmp_path / "self_killing.py"
+    script.write_text(SELF_KILLING.format(root=str(ROOT)))
+    run = Path(config["trainer"]["checkpoint"]["dirpath"])
+    path = write_yaml(run.with_suffix(".yaml"), config)
+    kills = resumes = 0
+    for moment in [*moments, 10**9]:
+        resume = ["trainer.ckpt_path=last"] if checkpoint.steps(run) else []
+        resumes += len(resume)
+        command = [sys.executable, str(script), str(moment), where, "train", str(path), *resume]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+    assert result.returncode == 0
+    assert not [p for p in run.iterdir() if p.name.startswith((".tmp", ".old"))]
+    return kills, resumes
+
+
+@pytest.mark.parametrize(
+    "where, moments", [("write", [9, 25, 31]), ("step", [5, 3])], ids=["write", "step"]
+)
+def test_a_killed_run_resumes_bitwise(
+    where: str,
+    moments: list[int],
+    dropout_model: Path,  # noqa: F811
+    data_file: Path,
+    tmp_path: Path,
+) -> None:
+    whole = crashing_config(dropout_model, data_file, tmp_path / "whole")
+    assert train(whole) == 0
+    parts = crashing_config(dropout_model, data_file, tmp_path / "parts")
+    kills, resumes = kill_and_resume(where, moments, parts, tmp_path)
+    assert kills == len(moments) and resumes >= 1
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_killed_at_many_random_moments(
+    dropout_model: Path,  # noqa: F811
+    data_file: Path,
+    tmp_path: Path,
+) -> None:
+    """At least 25 kills inside a checkpoint write and 15 elsewhere; differing bits: 0."""
+    whole = crashing_config(dropout_model, data_file, tmp_path / "whole")
+    assert train(whole) == 0
+    chance = random.Random(20)
+    kills = {"write": 0, "step": 0}
+    resumes = number = 0
+    while kills["write"] < 25 or kills["step"] < 15:
+        where = "write" if kills["write"] < 25 else "step"
+        limit = 60 if where == "write" else 10
+        moments = [chance.randint(1, limit) for _ in range(6)]
+        parts = crashing_config(dropout_model, data_file, tmp_path / f"parts-{number}")
+        new, again = kill_and_resume(where, moments, parts, tmp_path)
+        kills[where] += new
+        resumes += again
+        assert_same_run(tmp_path / "whole", tmp_path / f"parts-{number}")
+        number += 1
+    print(
+        f"\nkill test: {sum(kills.values())} kills, {kills['write']} of them inside a checkpoint "
+        f"write, {resumes} resumes in {number} runs, differing bits: 0"
+    )
+
+
+def started(config: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:
+    path = write_yaml(Path(config["trainer"]["checkpoint"]["dirpath"]).with_suffix(".yaml"), config)
+    command = [sys.executable, str(ROOT / "sft.py"), "train", str(path), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(run: Path, count: int = 2) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run did not start")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_resume(
+    number: signal.Signals, model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"], data_file, tmp_path / "run", trainer__params__max_epochs=5000
+    )
+    child = started(config)
+    wait_for_steps(tmp_path / "run")
+    child.send_signal(number)
+    output, error = child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert f"{number.name}: stopping after this step" in error
+    command = output.strip().splitlines()[-1].strip()
+    assert command.startswith("python ") and command.endswith("trainer.ckpt_path=last")
+    assert newest(tmp_path / "run")
+    logged = [
+        json.loads(li) for li in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert newest(tmp_path / "run").name == checkpoint.step_name(logged[-1]["step"])
+    # The line is a command that works as it stands.
+    words = command.split()[2:]
+    assert process(*words, "trainer.params.max_epochs=1").returncode == 0
+
+
+def test_a_second_signal_stops_at_once(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"],
+        data_file,
+        tmp_path / "run",
+        trainer__params__max_epochs=5000,
+        trainer__params__accumulate_grad_batches=1,
+    )
+    child = started(config)
+    wait_for_steps(tmp_path / "run")
+    os.kill(child.pid, signal.SIGSTOP)  # so that both signals are there before it goes on
+    child.send_signal(signal.SIGTERM)
+    child.send_signal(signal.SIGINT)
+    os.kill(child.pid, signal.SIGCONT)
+    child.communicate(timeout=30)
+    assert child.returncode in (130, 143)
+    assert not list((tmp_path / "run").glob("step-*"))
+
+
+def poison(monkeypatch: Any, steps: set[int], what: str) -> None:
+    """Make the loss or the gradients of some positions NaN."""
+    import device
+
+    original = device.Device.step
+    seen = [0]
+
+    def step(self: Any, optimizer: Any, parameters: Any, clip: Any, loss: Any) -> Any:
+        seen[0] += 1
+        if seen[0] in steps:
+            if what == "loss":
+                loss = loss * float("nan")
+            else:
+                parameters[0].grad[0] = float("inf")
+        return original(self, optimizer, parameters, clip, loss)
+
+    monkeypatch.setattr(device.Device, "step", step)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_bad_step_never_reaches_weights_or_schedule(
+    what: str,
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+    capsys: Any,
+) -> None:
+    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        poison(patched, {3, 4}, what)
+        assert train(config) == 0
+    error = capsys.readouterr().err
+    assert "step 3 skipped" in error and "2 in a row" in error
+    lines = [line for line in metrics_of(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))  # 12 tried, 10 done
+    assert lines[-1]["bad_steps"] == 2
+    clean = train_config(model_dirs["gpt2"], data_file, tmp_path / "clean")
+    assert train(clean) == 0
+    good = [line for line in metrics_of(tmp_path / "clean") if "loss" in line]
+    assert [line["lr"] for line in lines] == [line["lr"] for line in good][:10]
+    state = torch.load(newest(tmp_path / "run") / "trainer_state.pt", weights_only=True)
+    assert all(s["step"] == 10 for s in state["optimizer"]["state"].values())
+    for tensor in state["optimizer"]["state"][0].values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_too_many_bad_steps_stop_the_run_and_name_the_samples(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"], data_file, tmp_path / "run", trainer__params__max_bad_steps=3
+    )
+    poison(monkeypatch, set(range(4, 100)), "loss")
+    assert train(config) == 2
+    error = capsys.readouterr().err
+    assert "stopped: 3 steps in a row had a loss that is not a finite number" in error
+    assert "the last samples were rows" in error and "max_bad_steps: 3" in error
+
+
+def test_an_overflow_under_fp16_is_the_scalers_business(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"],
+        data_file,
+        tmp_path / "run",
+        trainer__params__precision="16",
+        trainer__params__max_bad_steps=1,
+    )
+    poison(monkeypatch, {3}, "gradient")
+    assert train(config) == 0
+    assert "skipped" not in capsys.readouterr().err
+    last = [line for line in metrics_of(tmp_path / "run") if "loss" in line][-1]
+    assert last["step"] == 11 and last["overflows"] == 1 and last["bad_steps"] == 0
+    state = torch.load(newest(tmp_path / "run") / "trainer_state.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 65536.0 / 2
+    moments = [entry["exp_avg"] for entry in state["optimizer"]["state"].values()]
+    assert {moment.dtype for moment in moments} == {torch.float32}
+
+
+def test_a_split_without_targets_is_refused_before_training(
+    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps({"train": rows(5), "val": rows(2)}))
+    config = train_config(
+        model_dirs["gpt2"], data, tmp_path / "run", data__max_length=4, data__truncate_promt=False
+    )
+    assert train(config) == 2
+    error = capsys.readouterr().err
+    assert (
+        "'train' has no target token to learn: 0 kept" in error and "5 dropped (rows 1, 2" in error
+    )
+
+
+SECRET = "k3y-that-must-not-appear-" + "a" * 16
+
+
+def test_the_key_appears_in_no_file_and_no_line(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"], data_file, tmp_path / "run", trainer__params__max_steps=2
+    )
+    config["wandb"] = {"api": SECRET, "args": {"name": "secret-run"}}
+    path = write_yaml(tmp_path / "c.yaml", config)
+    environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
+    (tmp_path / "home").mkdir()
+    result = process("train", path, f"wandb.api={SECRET}", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert SECRET not in result.stdout + result.stderr
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p != path]
+    assert any("wandb" in str(p) for p in files)
+    for file in files:
+        assert SECRET.encode() not in file.read_bytes(), file
+    for wrong in (f"wandb.api={SECRET}", "wandb.args.nme=1"):
+        result = process(
+            "train", path, wrong, "data.batch_size=x", "wandb.api=[1]", env=environment
+        )
+        assert result.returncode == 2 and SECRET not in result.stderr
+
+
+def test_a_run_with_everything_frozen_or_unwritable_output_fails_without_a_trace(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("a file, not a directory")
+    config = train_config(model_dirs["gpt2"], data_file, blocker / "run")
+    path = write_yaml(tmp_path / "c.yaml", config)
+    assert cli("train", path) == 2
+    assert "trainer.checkpoint.dirpath" in capsys.readouterr().err
+    assert blocker.read_text() == "a file, not a directory"
