@@ -50,47 +50,41 @@ VAL_TEXT_METRICS = {
     "val_token_f1": "max",
 }
 
-# Fields of transformers' GenerationConfig that this engine does not do, and why.
-BEAMS = "one answer is decoded a question, greedily or by sampling"
-CACHES = "the cache layout is chosen by the engine; see test_params.use_cache"
-REFUSED_GENERATE_PARAMS = {
-    **dict.fromkeys(
-        (
-            "num_beams num_beam_groups diversity_penalty early_stopping length_penalty "
-            "penalty_alpha num_return_sequences constraints force_words_ids "
-            "renormalize_logits dola_layers guidance_scale low_memory "
-            "prompt_lookup_num_tokens assistant_confidence_threshold assistant_early_exit "
-            "assistant_lookbehind target_lookbehind num_assistant_tokens "
-            "num_assistant_tokens_schedule max_matching_ngram_size watermarking_config "
-            "is_assistant top_h"
-        ).split(),
-        BEAMS,
+# Every other field of transformers' GenerationConfig, by the reason why it is refused.
+_REASONS = {
+    "one answer a question is decoded, token by token, greedily or by sampling": (
+        "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
+        "assistant_lookbehind constraints diversity_penalty dola_layers early_stopping "
+        "force_words_ids guidance_scale is_assistant length_penalty low_memory "
+        "max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
+        "num_beam_groups num_beams num_return_sequences penalty_alpha prompt_lookup_num_tokens "
+        "speculation_type target_lookbehind use_mtp"
     ),
-    **dict.fromkeys("cache_implementation cache_config return_legacy_cache".split(), CACHES),
-    "use_cache": "write test_params.use_cache (or model_params.use_cache)",
-    "max_length": "write max_new_tokens, which does not depend on the prompt",
-    "min_length": "write min_new_tokens, which does not depend on the prompt",
-    "max_time": "an answer must not depend on the machine's speed",
-    "stop_strings": "answers end at the tokenizer's EOS token",
-    "pad_token_id": "padding is masked by position and needs no token of its own",
-    "bos_token_id": "the tokenizer decides it",
-    "decoder_start_token_id": "causal models only",
-    "encoder_no_repeat_ngram_size": "causal models only",
-    "encoder_repetition_penalty": "causal models only",
-    "output_scores": "only texts are written",
-    "output_logits": "only texts are written",
-    "output_attentions": "only texts are written",
-    "output_hidden_states": "only texts are written",
-    "return_dict_in_generate": "only texts are written",
-    "token_healing": BEAMS,
-    "remove_invalid_values": "it would hide a broken model",
-    "exponential_decay_length_penalty": BEAMS,
-    "compile_config": CACHES,
-    "disable_compile": CACHES,
-    "forced_bos_token_id": BEAMS,
-    "forced_eos_token_id": BEAMS,
-    "sequence_bias": BEAMS,
-    "prefill_chunk_size": CACHES,
+    "this change of the logits is not among those that the engine makes": (
+        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
+        "renormalize_logits sequence_bias token_healing top_h watermarking_config"
+    ),
+    "the engine lays out its cache and compiles as it sees fit; see test_params.use_cache": (
+        "cache_config cache_implementation compile_config continuous_batching_config "
+        "disable_compile max_cache_len prefill_chunk_size return_legacy_cache"
+    ),
+    "write test_params.use_cache (or model_params.use_cache)": "use_cache",
+    "write max_new_tokens, which does not depend on the prompt": "max_length",
+    "write min_new_tokens, which does not depend on the prompt": "min_length",
+    "an answer must not depend on the machine's speed": "max_time",
+    "answers end at the tokenizer's EOS token; see eos_token_id": "stop_strings",
+    "padding is masked by position and needs no token of its own": "pad_token_id",
+    "the tokenizer decides it": "bos_token_id",
+    "causal models only": (
+        "decoder_start_token_id encoder_no_repeat_ngram_size encoder_repetition_penalty"
+    ),
+    "only texts are written": (
+        "output_attentions output_hidden_states output_logits output_scores return_dict_in_generate"
+    ),
+    "it would hide a broken model": "remove_invalid_values",
+}
+REFUSED_GENERATE_PARAMS = {
+    name: reason for reason, names in _REASONS.items() for name in names.split()
 }
 
 
@@ -100,12 +94,12 @@ def _precision(value: Any) -> Any:
 
 def _template(value: str) -> str:
     if value.count("{question}") != 1:
-        raise ValueError("Input should hold {question} exactly once")
+        raise ValueError("Input should be a text that holds {question} exactly once")
     return value
 
 
 def _fraction_or_steps(value: int | float) -> int | float:
-    if (isinstance(value, float) and not 0 < value <= 1) or (value < 1 and isinstance(value, int)):
+    if not 0 < value <= (1 if isinstance(value, float) else LARGEST):
         raise ValueError(
             "Input should be a float in (0, 1] (share of an epoch) or an integer >= 1 (steps)"
         )
@@ -113,14 +107,18 @@ def _fraction_or_steps(value: int | float) -> int | float:
 
 
 def _batches_or_share(value: int | float) -> int | float:
-    if value < 0 or (isinstance(value, float) and value > 1):
+    if not 0 <= value <= (1 if isinstance(value, float) else LARGEST):
         raise ValueError(
             "Input should be an integer >= 0 (batches) or a float in [0, 1] (share of the data)"
         )
     return value
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Whole numbers fit into 32 bits: a larger one is a slip, and would fail somewhere deep inside.
+LARGEST = 2**31 - 1
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+CountOrMinusOne = Annotated[int, Field(ge=-1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Precision = Annotated[
     Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"],
@@ -147,7 +145,14 @@ def section(model: type[BaseModel]) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        str_min_length=1,
+        protected_namespaces=(),
+    )
 
 
 class WandbArgs(Section):
@@ -169,13 +174,13 @@ class Wandb(Section):
 class GenerateParams(Section):
     do_sample: bool = free(False, "sample instead of taking the likeliest token")
     max_new_tokens: PositiveInt = free(64, "at most so many tokens an answer")
-    min_new_tokens: Annotated[int, Field(ge=0)] = free(0, "EOS is not allowed before")
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = free(
+    min_new_tokens: Count = free(0, "EOS is not allowed before")
+    no_repeat_ngram_size: Count = free(
         0, "no n-gram of this size twice in prompt + answer; 0 = off"
     )
     repetition_penalty: Annotated[float, Field(gt=0)] = free(1.0, "above 1 discourages repeats")
     temperature: Annotated[float, Field(gt=0)] = free(1.0, "divides the logits when sampling")
-    top_k: Annotated[int, Field(ge=0)] = free(50, "sample among the k likeliest; 0 = all")
+    top_k: Count = free(50, "sample among the k likeliest; 0 = all")
     top_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "sample within this probability mass")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = free(
         None, "sample tokens at least this likely relative to the likeliest"
@@ -183,10 +188,10 @@ class GenerateParams(Section):
     typical_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "locally typical sampling")
     epsilon_cutoff: Share = free(0.0, "sample tokens at least this likely")
     eta_cutoff: Share = free(0.0, "entropy-dependent form of epsilon_cutoff")
-    bad_words_ids: list[list[int]] | None = free(None, "token sequences never to generate")
-    suppress_tokens: list[int] | None = free(None, "token ids never to generate")
-    begin_suppress_tokens: list[int] | None = free(None, "token ids not to begin an answer with")
-    eos_token_id: int | list[int] | None = free(
+    bad_words_ids: list[list[Count]] | None = free(None, "token sequences never to generate")
+    suppress_tokens: list[Count] | None = free(None, "token ids never to generate")
+    begin_suppress_tokens: list[Count] | None = free(None, "token ids not to begin an answer with")
+    eos_token_id: Count | list[Count] | None = free(
         None, "what ends an answer; null: the tokenizer's EOS"
     )
 
@@ -194,7 +199,9 @@ class GenerateParams(Section):
 class TrainData(Section):
     batch_size: PositiveInt = key(8, "samples per micro-batch and rank", resume="free")
     data_dir: str = key(..., "the data: a JSON file or a directory", resume="free")
-    max_length: Annotated[int, Field(ge=2)] = key(512, "tokens per sample, prompt and answer")
+    max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
+        512, "tokens per sample, prompt and answer"
+    )
     on_tpu: bool = key(False, "static shapes: every batch padded to `max_length`", resume="free")
     truncate_promt: bool = key(True, "shorten the question of a sample that is too long")
     prompt_template: Annotated[str, AfterValidator(_template)] = key(
@@ -225,8 +232,11 @@ class ModelParams(Section):
     freeze_attn: bool = key(False, "attention stays fixed")
     freeze_ff: bool = key(False, "feed-forward stays fixed")
     freeze_other: bool = key(False, "everything else stays fixed")
-    layers_not_to_freeze: list[int] = key(
+    layers_not_to_freeze: list[Annotated[int, Field(ge=-LARGEST, le=LARGEST)]] = key(
         [], "indices of blocks that stay trainable; negative counts from the top"
+    )
+    cache_frozen_prefix: Literal["memory", "disk"] | None = free(
+        None, "run frozen lowest blocks once for all epochs and keep their outputs there"
     )
     from_scratch: bool = free(False, "initialise at random a model directory that has no weights")
     val_generate_samples: PositiveInt = key(
@@ -254,11 +264,11 @@ class TrainerParams(Section):
         1.0, "largest global L2 norm of the gradient; null or 0 = off"
     )
     log_every_n_steps: PositiveInt = key(10, "optimizer steps between log points", resume="free")
-    max_epochs: Annotated[int, Field(ge=-1)] = key(
+    max_epochs: CountOrMinusOne = key(
         3, "passes over the data; -1 = until `max_steps`", resume="free"
     )
     max_steps: PositiveInt | None = key(None, "stop after so many optimizer steps", resume="free")
-    num_sanity_val_steps: Annotated[int, Field(ge=-1)] = key(
+    num_sanity_val_steps: CountOrMinusOne = key(
         2, "validation batches before training; -1 = all, 0 = none", resume="free"
     )
     overfit_batches: Annotated[int | float, AfterValidator(_batches_or_share)] = key(
@@ -267,6 +277,10 @@ class TrainerParams(Section):
     precision: Precision = key("32-true", "`32`, `16-mixed`, `bf16-mixed`, `bf16-true`, `64`")
     val_check_interval: Annotated[int | float, AfterValidator(_fraction_or_steps)] = key(
         1.0, "validate: float = share of an epoch, int = every so many steps", resume="free"
+    )
+    compile: bool = key(False, "`torch.compile` the model", resume="free")
+    gradient_checkpointing: bool = key(
+        False, "recompute blocks in the backward pass: less memory, a third slower", resume="free"
     )
     max_bad_steps: PositiveInt = key(
         10, "stop after so many non-finite steps in a row", resume="free"
@@ -388,13 +402,19 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given
     twice (plain YAML silently takes the last one)."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.deep_construct = True  # refuses an anchor that holds itself
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
+                continue
             name = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if isinstance(name, (dict, list)):
                 raise yaml.MarkedYAMLError(
-                    problem="a key must be a word", problem_mark=node.start_mark
+                    problem="a key must be a word", problem_mark=key_node.start_mark
                 )
             if name in seen:
                 raise yaml.MarkedYAMLError(
@@ -402,6 +422,23 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        text = super().construct_scalar(node)
+        if isinstance(text, str) and not _is_text(text):
+            raise yaml.MarkedYAMLError(
+                problem="half a surrogate pair is not a character; write the character itself",
+                problem_mark=node.start_mark,
+            )
+        return text
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _Loader.add_implicit_resolver(
@@ -439,7 +476,7 @@ def _validate(schema: type[Config], raw: dict[str, Any], name: str, problems: li
     try:
         config = schema.model_validate(raw)
     except ValidationError as error:
-        problems += [_describe(schema, detail) for detail in error.errors(include_url=False)]
+        problems += _describe_all(schema, error)
         problems += _contradictions_of_the_rest(schema, raw, error)
     else:
         problems += config.contradictions()
@@ -457,26 +494,49 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        raw = yaml.load(text, _Loader)
+        raw = _parse(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
+        what = str(error.problem).replace(
+            "found unconstructable recursive node", "an anchor (&) that holds itself"
+        )
+        raise UserError(f"{path}{where}: not valid YAML: {what}") from None
+    except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: found {_show(raw)}; allowed: a mapping of keys (data:, ...)")
+        found = "nothing" if raw is None else f"only a {type(raw).__name__}"
+        raise UserError(f"{path}: found {found}; allowed: a mapping of keys (data:, ...)")
     return raw
+
+
+def _parse(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is not valid YAML.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except RecursionError:
+        raise yaml.YAMLError("lists or mappings are nested too deeply") from None
+    except Exception as error:  # PyYAML's constructors raise anything: KeyError on `!!bool x`
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    return value
 
 
 def _apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        problems.append(f"{override}: found no '='; an override is written key.path=value")
+    if not equals or not all(path.split(".")) or not _is_text(override):
+        # Only its beginning is shown: a misplaced word may be the W&B key.
+        shown = repr(override if len(override) <= 12 else override[:12] + "...")
+        problems.append(f"{shown} on the command line: an override is written key.path=value")
         return
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError):
+        value = _parse(text)
+    except yaml.YAMLError:
         problems.append(f"{path}: the value on the command line is not valid YAML")
         return
     *parents, leaf = path.split(".")
@@ -512,6 +572,8 @@ def _contradictions_of_the_rest(
     """Contradictions among the keys that are right by themselves, so that one message has all."""
     rest = copy.deepcopy(raw)
     for detail in error.errors(include_url=False):
+        if detail["type"] == "missing":
+            continue
         node, last = rest, None
         for part in detail["loc"]:  # drop the innermost named key that the error is about
             if isinstance(node, dict) and part in node:
@@ -552,28 +614,43 @@ def _did_you_mean(name: str, known: Any) -> str:
 def _show(value: Any) -> str:
     if value is None:
         return "nothing (null)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out thousands of digits
+        text = "a number of thousands of digits"
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} ({type(value).__name__})"
 
 
-def _describe(schema: type[BaseModel], detail: Any) -> str:
-    """One pydantic error as a line: path, what was found, what is allowed, the nearest name."""
+def _describe_all(schema: type[BaseModel], error: ValidationError) -> list[str]:
+    """pydantic's errors as lines; a value that fits no member of a union gives only one."""
+    lines: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        found, allowed = _describe(schema, detail)
+        if allowed not in lines.setdefault(found, []):
+            lines[found].append(allowed)
+    return [found + " or ".join(allowed) for found, allowed in lines.items()]
+
+
+def _describe(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
+    """One pydantic error: (path and what was found, what is allowed or the nearest name)."""
     known = dict(walk(schema))
-    # Members of unions add their own tags to the location; only real keys and indices are kept.
-    parts = [
-        p
-        for p in detail["loc"]
-        if isinstance(p, int) or not re.search(r"[\[(]|^(int|float|str)$", p)
-    ]
-    path = ".".join(str(p) for p in parts)
-    secret = path == "wandb.api"
-    if detail["type"] == "extra_forbidden":
-        *parents, leaf = path.split(".")
+    parts, kind = list(detail["loc"]), detail["type"]
+    if kind not in ("extra_forbidden", "invalid_key"):
+        # Members of unions add their own tags to the location; only keys and indices are kept.
+        names = {name for key_path in known for name in key_path.split(".")}
+        parts = [p for p in parts if isinstance(p, int) or p in names]
+    path = ".".join(str(p) if re.fullmatch(r"[\w-]+", str(p)) else repr(p) for p in parts)
+    if kind == "invalid_key":
+        return f"{path}: found {_show(detail['input'])} as a key; ", "a key must be a word"
+    if kind == "extra_forbidden":
+        *parents, leaf = map(str, parts)
         inside = ".".join(parents)
+        if "." in leaf:
+            return f"{path}: unknown key; ", "a file nests its keys, dots are for the command line"
         refused = REFUSED_GENERATE_PARAMS.get(leaf)
         if refused and parents and parents[-1] in ("generate_params", "val_generate_params"):
-            return f"{path}: not supported: {refused}"
+            return f"{path}: not supported: ", refused
         siblings = {
             p[len(inside) + 1 if inside else 0 :].split(".")[0]
             for p in known
@@ -583,15 +660,30 @@ def _describe(schema: type[BaseModel], detail: Any) -> str:
         hint = _did_you_mean(leaf, siblings)
         if not hint and elsewhere:
             hint = f"; did you mean {elsewhere[0]}?"
-        return f"{path}: unknown key{hint or '; known here: ' + ', '.join(sorted(siblings))}"
-    if detail["type"] == "missing":
+        return f"{path}: unknown key", hint or "; known here: " + ", ".join(sorted(siblings))
+    if kind == "missing":
         field = known.get(path)
         what = f" ({field.description})" if field is not None else " (a section)"
-        return f"{path}: missing; it is required{what}"
+        return f"{path}: missing; ", f"it is required{what}"
     allowed = re.sub(r"^(Value error, )?Input should (be )?", "", detail["msg"])
-    allowed = "a mapping of keys" if detail["type"].startswith("model_") else allowed
+    allowed = ALLOWED.get(kind, allowed)
+    # The W&B section may hold the API key, also where it was not meant to stand.
+    secret = bool(parts) and parts[0] == "wandb"
     found = "a value that is not shown" if secret else _show(detail["input"])
-    return f"{path}: found {found}; allowed: {allowed}"
+    return f"{path}: found {found}; allowed: ", allowed
+
+
+# pydantic's words for these are not ours.
+ALLOWED = {
+    "model_type": "a mapping of keys",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list",
+    "string_too_short": "a text that is not empty",
+    "finite_number": "a finite number",
+}
 
 
 def resolved(config: BaseModel) -> dict[str, Any]:
@@ -611,10 +703,10 @@ def reference() -> str:
     parts = [
         "# Configuration",
         "",
-        "Made from `config.py` by `python config.py > docs/configuration.md`; CI checks that it is up",
-        "to date. A key without a default is required. On the command line, `key.path=value` behind",
-        "the file's name replaces a key. *Resume* says what happens when a checkpoint is resumed",
-        "with another value: *fixed* is refused, *free* is used and named.",
+        "Made from `config.py` by `python config.py > docs/configuration.md`; CI checks that it is",
+        "up to date. A key without a default is required. On the command line, `key.path=value`",
+        "behind the file's name replaces a key. *Resume* says what happens when a checkpoint is",
+        "resumed with another value: *fixed* is refused, *free* is used and named.",
         "",
         "`truncate_promt` and `log_obg` are the names; `truncate_prompt` and `log_obj` work too.",
         "Without a `wandb` section, W&B is off.",

@@ -33,6 +33,7 @@ IGNORE = -100  # the label of a position that is not trained on (torch's cross_e
 SPLIT_NAMES = {"validation": "val"}
 POOL = 512  # samples that are sorted by length together; see epoch_order
 CHUNK = 1000  # pairs tokenised at a time
+NEXT_WORD = re.compile(r"\s*\S*")
 LOOK_AHEAD = 24  # characters, longer than nearly every word; see Encoder.cut_prompt
 SHOWN_ROWS = 5
 CSV_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072
@@ -76,7 +77,7 @@ class DataSource:
             named = [
                 p
                 for p in sorted(path.iterdir())
-                if p.suffix in (".jsonl", ".csv") and SPLIT_NAMES.get(p.stem, p.stem) in _SPLITS
+                if p.suffix in (".jsonl", ".csv") and split_name(p.stem) in _SPLITS
             ]
             files = named or sorted(path.glob("*.json"))
             if not files or (len(files) > 1 and not named):
@@ -90,7 +91,7 @@ class DataSource:
             if file.suffix == ".json":
                 splits.update(_read_json(file))
             elif file.suffix in (".jsonl", ".csv"):
-                name = SPLIT_NAMES.get(file.stem, file.stem) if path.is_dir() else "train"
+                name = split_name(file.stem) if path.is_dir() else "train"
                 if name in splits:
                     raise UserError(
                         f"data.data_dir: {path}: {file.name} and {Path(str(splits[name])).name} "
@@ -108,7 +109,7 @@ class DataSource:
             UserError: an absent split, or rows without a usable question and answer. The message
                 names the first few row numbers of each kind of problem.
         """
-        split = SPLIT_NAMES.get(split, split)
+        split = split_name(split)
         if split not in self.splits:
             raise UserError(f"{self.path}: no split {split!r}; found {', '.join(self.splits)}")
         rows = self.splits[split]
@@ -170,6 +171,10 @@ class DataSource:
 _SPLITS = ("train", "val", "test")
 
 
+def split_name(name: str) -> str:
+    return SPLIT_NAMES.get(name, name)
+
+
 def numbered(rows: Sequence[int]) -> str:
     """Row numbers for a message: the first few and how many more."""
     shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
@@ -198,7 +203,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_json(file: Path) -> dict[str, list[Any] | Path]:
     try:
         with file.open(encoding="utf-8-sig") as handle:
-            content = json.load(handle, object_pairs_hook=_object)
+            content: Any = json.load(handle, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         hint = "; one object a line? Then name it .jsonl" if error.msg == "Extra data" else ""
         raise UserError(
@@ -226,7 +231,7 @@ def _read_json(file: Path) -> dict[str, list[Any] | Path]:
     twice = set(content) & set(SPLIT_NAMES) and set(content) & set(SPLIT_NAMES.values())
     if twice:
         raise UserError(f"{file}: found both 'val' and 'validation'; keep one of them")
-    return {SPLIT_NAMES.get(name, name): rows for name, rows in content.items()}
+    return {split_name(name): rows for name, rows in content.items()}
 
 
 def _records(rows: list[Any] | Path) -> Iterator[Any]:
@@ -281,7 +286,7 @@ def overlap(source: DataSource) -> dict[str, int]:
         pairs.add(digest(question, answer))
         questions.add(digest(question))
     shared = 0
-    if "test" in source.splits:
+    if source.splits.get("test"):  # an empty list is no reason not to train
         asked = (digest(pair.question) for pair in source.pairs("test", empty_answers=True))
         shared = sum(question in questions for question in asked)
     return {"duplicates": total - len(pairs), "train_test_overlap": shared}
@@ -354,8 +359,8 @@ class Encoder:
                 high = middle - 1
         best = self.prompts([question[:low]])[0]
         while low < len(question):
-            rest_of_word = len(re.match(r"\s*\S*", question[low : low + LOOK_AHEAD])[0])  # type: ignore[index]
-            ends = range(low + 1, low + rest_of_word + 1)
+            word = NEXT_WORD.match(question, low, low + LOOK_AHEAD)
+            ends = range(low + 1, (word.end() if word else low) + 1)
             longer = self.prompts([question[:end] for end in ends])
             fitting = [(end, ids) for end, ids in zip(ends, longer) if len(ids) <= room]
             if not fitting:
@@ -554,31 +559,48 @@ def cached_samples(
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     root = Path(os.environ.get("SFT_CACHE", "~/.cache/sft")).expanduser()
     entry = root / name
-    if not (entry / "meta.json").exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-        except OSError:  # a read-only home: the same work, in memory
-            samples = prepare_train(source.pairs(split), encoder, max_length, truncate_promt)
-            return samples, overlap(source)
-        try:
-            _write_entry(scratch, source, split, encoder, max_length, truncate_promt)
-            scratch.rename(entry)
-        except OSError as error:
-            if not (entry / "meta.json").exists():  # else another process was first
-                raise UserError(
-                    f"{root}: cannot write the token cache: {error.strerror}; free some space, or "
-                    "set SFT_CACHE to another directory"
-                ) from None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    arrays = {n: np.load(entry / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
-    meta = json.loads((entry / "meta.json").read_text())
-    samples = Samples(_map(entry / "tokens.bin"), **arrays, counts=Counts(**meta["counts"]))
-    return samples, meta["overlap"]
+    found = _read_entry(entry)
+    if found is not None:
+        return found
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+    except OSError:  # a read-only home: the same work, in memory
+        samples = prepare_train(source.pairs(split), encoder, max_length, truncate_promt)
+        return samples, overlap(source)
+    try:
+        _write_entry(scratch, source, split, encoder, max_length, truncate_promt)
+        if _read_entry(entry) is None:  # else another process was first
+            shutil.rmtree(entry, ignore_errors=True)
+        scratch.rename(entry)
+    except OSError as error:
+        if _read_entry(entry) is None:
+            raise UserError(
+                f"{root}: cannot write the token cache: {error.strerror}; free some space, or "
+                "set SFT_CACHE to another directory"
+            ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    made = _read_entry(entry)
+    if made is None:
+        raise UserError(f"{entry}: the token cache changes while it is used; start again")
+    return made
 
 
 _ARRAYS = ("starts", "prompt_lengths", "rows")
+
+
+def _read_entry(entry: Path) -> tuple[Samples, dict[str, int]] | None:
+    """What the cache holds; None if that is nothing, or damaged (say, by a loss of power)."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        arrays = {n: np.load(entry / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+        samples = Samples(_map(entry / "tokens.bin"), **arrays, counts=Counts(**meta["counts"]))
+        if len(samples.tokens) == samples.starts[-1] and len(samples) == samples.counts.kept:
+            return samples, meta["overlap"]
+    except (OSError, ValueError, EOFError, LookupError, TypeError):
+        pass
+    return None
 
 
 def _write_entry(
@@ -671,7 +693,8 @@ class Batch:
 
     input_ids: int64 [B, T]. target_positions: int64 [M], indices into the B * T positions whose
     *next* token is a target. target_ids: int64 [M], those next tokens; IGNORE fills up static
-    shapes. rows: the samples' indices, on the host.
+    shapes. rows: the samples' indices, on the host. prefix: cached outputs of frozen blocks,
+    [B, T, C], see freeze.PrefixCache.
 
     No attention mask: a causal model cannot look at padding that comes after.
     """
@@ -680,6 +703,7 @@ class Batch:
     target_positions: torch.Tensor
     target_ids: torch.Tensor
     rows: np.ndarray
+    prefix: torch.Tensor | None = None
 
 
 def collate(

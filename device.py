@@ -96,6 +96,7 @@ class Device:
             input_ids=self.move(batch.input_ids),
             target_positions=self.move(batch.target_positions),
             target_ids=self.move(batch.target_ids),
+            prefix=None if batch.prefix is None else self.move(batch.prefix),
         )
 
     def move(self, tensor: Tensor) -> Tensor:

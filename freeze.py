@@ -12,11 +12,16 @@ architecture's parameter names:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from config import ModelParams, UserError
+from data import Samples, collate
 
 KINDS = ("emb", "ln", "attn", "ff", "other")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -116,3 +121,127 @@ def report(model: nn.Module) -> list[tuple[str, int, int]]:
         totals[kind][0] += parameter.numel()
         totals[kind][1] += parameter.numel() * parameter.requires_grad
     return [(kind, total, trained) for kind, (total, trained) in totals.items() if total]
+
+
+class PrefixCache:
+    """Outputs of the frozen lowest blocks, computed once for each sample.
+
+    While nothing in front of block `depth` trains and no dropout acts there, the input of that
+    block is the same in every epoch. It is computed for all samples before training, in an order
+    and in batches that depend on the data only (so a resumed run has the same bits), and then
+    stands in for embeddings and blocks. It lives as long as the process and can therefore never
+    be out of date.
+
+    Args:
+        model: the causal LM, frozen already.
+        probe: int64 [1, T] ids to find the depth with.
+
+    Raises:
+        UserError: the first block already depends on something that trains or on dropout.
+    """
+
+    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+        self.model = model
+        self.blocks = list(blocks(model))
+        self.current: Tensor | None = None  # [B, T, C], stands in for the prefix in a forward
+        self.seen: list[Tensor] = []
+        self.tuple_length: int | None = None
+        self.depth = self._frozen_depth(probe)
+        if self.depth == 0:
+            raise UserError(
+                "model_params.cache_frozen_prefix: the input of the first block depends on "
+                "something that trains, or on dropout; freeze_emb and the freeze_* keys must "
+                "freeze the lowest blocks whole, and the model's dropouts must be 0 in its "
+                "config.json"
+            )
+        for index, block in enumerate(self.blocks[: self.depth]):
+            block.forward = self._bypass(block.forward, last=index == self.depth - 1)
+
+    def _inputs(self, probe: Tensor) -> list[Tensor]:
+        """The input of every block in one forward, as training runs it."""
+        inputs: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
+
+        hooks = [b.register_forward_pre_hook(record, with_kwargs=True) for b in self.blocks]
+        training = self.model.training
+        try:
+            self.model.train()
+            self.model.base_model(probe, use_cache=False)
+        finally:
+            self.model.train(training)
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+    def _frozen_depth(self, probe: Tensor) -> int:
+        depth = 0
+        # Twice: what dropout touches differs.
+        for index, (a, b) in enumerate(zip(self._inputs(probe), self._inputs(probe))):
+            # What needs no gradient has nothing that trains in front of it.
+            if a.requires_grad or not torch.equal(a, b):
+                break
+            depth = index
+        return depth
+
+    def _bypass(self, original: Callable[..., Any], last: bool) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self.current is None:
+                output = original(*args, **kwargs)
+                hidden = output[0] if isinstance(output, tuple) else output
+                self.tuple_length = len(output) if isinstance(output, tuple) else None
+                if last:
+                    self.seen = [hidden.detach()]
+                return output
+            hidden = self.current if last else (args[0] if args else kwargs["hidden_states"])
+            if self.tuple_length is None:
+                return hidden
+            return (hidden, *[None] * (self.tuple_length - 1))
+
+        return forward
+
+    @torch.no_grad()
+    def fill(self, samples: Samples, device: Any, directory: Path | None) -> None:
+        """Run the prefix over all samples; `directory` keeps the result in a file there."""
+        self.starts = np.concatenate([[0], np.cumsum(samples.lengths)])
+        order = np.argsort(-samples.lengths, kind="stable")
+        self.store: np.ndarray | None = None
+        for i in range(0, len(order), FILL_BATCH):
+            rows = order[i : i + FILL_BATCH]
+            batch = device.place(collate(samples, rows))
+            with device.autocast():
+                self.model.base_model(batch.input_ids, use_cache=False)
+            hidden = self.seen.pop().to("cpu")
+            self.dtype = hidden.dtype
+            if self.store is None:
+                self.store = self._allocate(int(self.starts[-1]), hidden.shape[-1], directory)
+            for b, row in enumerate(rows):
+                start, stop = self.starts[row], self.starts[row + 1]
+                self.store[start:stop] = _bits(hidden[b, : stop - start])
+
+    def _allocate(self, tokens: int, width: int, directory: Path | None) -> np.ndarray:
+        dtype = _bits(torch.zeros(1, dtype=self.dtype)).dtype
+        if directory is None:
+            return np.empty((tokens, width), dtype=dtype)
+        path = directory / ".prefix-cache"
+        array = np.memmap(path, dtype=dtype, mode="w+", shape=(tokens, width))
+        path.unlink()  # the mapping keeps it; nothing is left behind, whatever happens
+        return array
+
+    def gather(self, rows: np.ndarray, width: int) -> Tensor:
+        """[B, width, C]: the cached hidden states of samples, zeros behind their ends."""
+        assert self.store is not None
+        padded = np.zeros((max(1, len(rows)), width, self.store.shape[1]), dtype=self.store.dtype)
+        for b, row in enumerate(rows):
+            start, stop = self.starts[row], self.starts[row + 1]
+            padded[b, : stop - start] = self.store[start:stop]
+        return torch.from_numpy(padded).view(self.dtype)
+
+
+FILL_BATCH = 8
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """The tensor's values, or its bits where NumPy has no such type (bfloat16)."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -192,6 +192,16 @@ def speed_up(model: nn.Module) -> None:
         model.config._attn_implementation = "sdpa"
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    # The first name is that of transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # transformers makes the embeddings' output need a gradient, for reentrant checkpointing. It
+    # would send the backward pass through frozen blocks for nothing.
+    model.disable_input_require_grads()
+
+
 # -------------------------------------------------------------------------------------- loss
 
 
@@ -206,6 +216,7 @@ class AnswerModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.prefix_cache: freeze.PrefixCache | None = None
         text = model.config.get_text_config()
         self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
         accepted = inspect.signature(model.forward).parameters
@@ -244,7 +255,13 @@ class AnswerModel(nn.Module):
             logits = self.model(batch.input_ids, use_cache=False).logits.flatten(0, 1)
             chosen = logits.index_select(0, batch.target_positions).float()
             return F.cross_entropy(chosen, batch.target_ids, ignore_index=IGNORE, reduction="sum")
-        hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+        if self.prefix_cache is not None:
+            self.prefix_cache.current = batch.prefix
+        try:
+            hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+        finally:
+            if self.prefix_cache is not None:
+                self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
         head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
         return _ChunkedLoss.apply(self._head, self._vocabulary(), hidden, batch.target_ids, *head)

@@ -43,6 +43,7 @@ from evaluate import summed_loss, validate
 from model import (
     AnswerModel,
     check_fits,
+    checkpoint_activations,
     context_length,
     export,
     fingerprint,
@@ -142,6 +143,7 @@ class Run:
         self.device.seed(config.seed)
         if self.resumed_from:
             metrics_size = self._restore(self.resumed_from)
+        self._cache_prefix()
         self.saved_at = self._moment() if self.resumed_from else None
         self._open_records(metrics_size)
         self._announce()
@@ -198,6 +200,10 @@ class Run:
         self.remarks += remarks
         check_fits(model, self.tokenizer, config.data.max_length, "data.max_length")
         freeze.apply(model, config.model_params)
+        if self.params.gradient_checkpointing:
+            checkpoint_activations(model)
+        if self.params.compile:
+            model.base_model.compile(dynamic=True)
         self.model = AnswerModel(model.to(self.device.torch_device))
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
@@ -258,6 +264,23 @@ class Run:
         self.total_steps = int(min(self.end_position, params.max_steps or math.inf))
         self.warmup = warmup_steps(self.config.model_params.warmup_steps_per_cent, self.total_steps)
         self._order_epoch = -1
+
+    def _cache_prefix(self) -> None:
+        """Compute the outputs of frozen lowest blocks once, if the configuration wants it."""
+        where = self.config.model_params.cache_frozen_prefix
+        if where is None:
+            return
+        probe = self.device.move(torch.from_numpy(self.samples.ids(0)[0].astype(np.int64))[None])
+        generators = self.device.rng_state()
+        cache = freeze.PrefixCache(self.model.model, probe)
+        self.device.set_rng_state(generators)
+        began = time.monotonic()
+        cache.fill(self.samples, self.device, self.directory if where == "disk" else None)
+        self.model.prefix_cache = cache
+        self.remarks.append(
+            f"{cache.depth} frozen blocks run once for all epochs: {len(self.samples):,} samples "
+            f"in {duration(time.monotonic() - began)}, kept in {where}"
+        )
 
     def _restore(self, path: Path) -> int:
         """Take over a checkpoint's state; the size that metrics.jsonl had."""
@@ -402,7 +425,11 @@ class Run:
         parts = micro_batches(rows, size, self.samples.lengths, device.rank, device.world_size)
         shape = (size, self.config.data.max_length) if self.config.data.on_tpu else None
         for part in parts:
-            yield collate(self.samples, part, static_shape=shape)
+            batch = collate(self.samples, part, static_shape=shape)
+            if self.model.prefix_cache is not None:
+                width = batch.input_ids.shape[1]
+                batch.prefix = self.model.prefix_cache.gather(part, width)
+            yield batch
 
     def set_learning_rate(self) -> float:
         rate = learning_rate(

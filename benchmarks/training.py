@@ -53,6 +53,7 @@ PEERS = (
     "trl-packing",
     "trl-group-by-length",
     "trl-no-checkpointing",
+    "trl-packing-no-checkpointing",
     "trl-group-by-length-no-checkpointing",
     "transformers",
     "lightning",
@@ -317,7 +318,7 @@ def differences(name: str, result: Result, job: dict[str, Any], reference: float
         "steps": job["steps"],
         "threads": job["threads"],
     }
-    if name == "trl-packing":
+    if "packing" in name:
         del wanted["steps"]
     found = {key: result.get(key, wanted[key]) for key in wanted}  # sft counts no samples, targets
     problems = [f"{k} {found[k]}, not {wanted[k]}" for k in wanted if found[k] != wanted[k]]
@@ -341,21 +342,22 @@ def speed(result: Result) -> float:
 
 
 def table(results: dict[str, list[Result]], operations: float, matrix: float) -> str:
-    """Markdown: one row for each trainer, one ratio for each setting of TRL."""
+    """Markdown: one row for each trainer, with ours as a multiple of its speed and memory."""
     speeds = {name: median(runs, speed) for name, runs in results.items()}
-    references = [name for name in speeds if name.startswith("trl")]
-    heads = ["", "tokens/s", "slowest to fastest", *(f"÷ {name}" for name in references)]
-    heads += ["peak memory", "of matrix product", "steps", "held-out loss"]
+    memory = {name: median(runs, lambda r: r["peak_memory"]) for name, runs in results.items()}
+    heads = ["trainer", "tokens/s", "slowest to fastest", f"{OURS} ÷ it", "peak memory"]
+    heads += [f"{OURS} ÷ it", "of matrix product", "steps", "held-out loss"]
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for name, runs in sorted(results.items(), key=lambda item: -speeds[item[0]]):
-        all_speeds = sorted(map(speed, runs))
+        ordered = sorted(map(speed, runs))
         rate = operations / runs[0]["tokens"] * speeds[name]
         cells = [
             f"**{name}**" if name == OURS else name,
             f"{speeds[name]:,.1f}",
-            f"{all_speeds[0]:,.1f} to {all_speeds[-1]:,.1f}",
-            *(f"{speeds[name] / speeds[other]:.2f}" for other in references),
-            f"{median(runs, lambda r: r['peak_memory']) / 1e9:.2f} GB",
+            f"{ordered[0]:,.1f} to {ordered[-1]:,.1f}",
+            f"{speeds[OURS] / speeds[name]:.2f}",
+            f"{memory[name] / 1e9:.2f} GB",
+            f"{memory[OURS] / memory[name]:.2f}",
             f"{rate / matrix:.2f}",
             f"{runs[0]['steps']}",
             f"{median(runs, lambda r: r['held_out_loss']):.4f}",
