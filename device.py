@@ -162,10 +162,17 @@ class Device:
     def rng_state(self) -> dict[str, Any]:
         """Every generator's state, as tensors and plain values (no pickled objects)."""
         version, internal, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state()
+        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        key_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
         state = {
             "python": [version, list(internal), gauss],
-            "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+            "numpy": [
+                name,
+                key_tensor,
+                position,
+                has_gauss,
+                cached,
+            ],
             "torch": torch.get_rng_state(),
         }
         if self.kind == "cuda":

@@ -243,7 +243,7 @@ def generate(
                 lengths = np.array([len(row.prompt.input_ids) for row in entered])
                 cache.add(filled, lengths, padding_side)
                 active += entered
-                chosen = [None] * (len(active) - len(entered)) + _next(entered, logits)
+                chosen = [*[None] * (len(active) - len(entered)), *_next(entered, logits)]
             else:
                 chosen = _next(active, _one_token(model, active, cache, device))
                 cache.advance()

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from config import ModelParams, UserError
 from data import Samples, collate
@@ -140,7 +141,7 @@ class PrefixCache:
         UserError: the first block already depends on something that trains or on dropout.
     """
 
-    def __init__(self, model: nn.Module, probe: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, probe: Tensor) -> None:
         self.model = model
         self.blocks = list(blocks(model))
         self.current: Tensor | None = None  # [B, T, C], stands in for the prefix in a forward

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 import freeze
@@ -45,7 +45,7 @@ def load_tokenizer(name: str) -> Any:
 
 def load_model(
     name: str, *, from_scratch: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[nn.Module, list[str]]:
+) -> tuple[PreTrainedModel, list[str]]:
     """A causal language model in `dtype`, with the fastest attention there is for it.
 
     Args:
@@ -103,12 +103,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def context_length(model: nn.Module) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """How many positions the model knows; None for a model without a limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_fits(model: nn.Module, tokenizer: Any, length: int, key: str) -> None:
+def check_fits(model: PreTrainedModel, tokenizer: Any, length: int, key: str) -> None:
     """Raise a UserError if sequences of `length` or the tokenizer's ids are beyond the model."""
     context = context_length(model)
     if context is not None and length > context:
@@ -121,7 +121,7 @@ def check_fits(model: nn.Module, tokenizer: Any, length: int, key: str) -> None:
         )
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 over the names and shapes of all parameters: which architecture this is."""
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
     return hashlib.sha256(repr(shapes).encode()).hexdigest()
@@ -177,7 +177,7 @@ def _causal_window(T: int, S: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def speed_up(model: nn.Module) -> None:
+def speed_up(model: PreTrainedModel) -> None:
     """Put faster modules with the same results in place: GPT-Neo's attention, tanh-GELU."""
     for module in model.modules():
         if type(module) is GPTNeoSelfAttention:
@@ -192,7 +192,7 @@ def speed_up(model: nn.Module) -> None:
         model.config._attn_implementation = "sdpa"
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute each block in the backward pass instead of keeping its activations."""
     # The first name is that of transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -213,7 +213,7 @@ class AnswerModel(nn.Module):
     tokens, and a model that does anything else gets the plain, slower path (`self.split` false).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.prefix_cache: freeze.PrefixCache | None = None
@@ -359,10 +359,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def make_optimizer(
-    model: nn.Module, params: ModelParams, *, fused: bool = True
+    model: PreTrainedModel, params: ModelParams, *, fused: bool = True
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; weight decay on neither biases nor norms."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, kind, parameter in freeze.classify(model):
         if parameter.requires_grad:
             no_decay = kind == "ln" or name.endswith("bias") or parameter.ndim < 2
@@ -399,7 +400,7 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
-def export(model: nn.Module, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+def export(model: PreTrainedModel, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer."""
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -174,7 +174,7 @@ class WandbWriter:
             resume="allow",
             dir=str(directory),
             config=config,
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             # Without W&B's own metadata: it holds the command line, which may hold the key.
             settings=wandb.Settings(
                 silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 import config as schema
-from config import TestConfig as Testing  # not named Test*, which pytest would collect
-from config import TrainConfig as Training
+from config import TestConfig as ForTest  # pytest would collect a name like Test*
+from config import TrainConfig as ForTrain
 from config import UserError, load, resolved, to_yaml, walk
 from conftest import ROOT, cli, train_config, write_yaml
 
@@ -36,10 +36,10 @@ def minimal_test() -> dict[str, Any]:
 def check(tmp_path: Path) -> Any:
     """Load the minimal training configuration with overrides or a text in front of it."""
 
-    def run(*overrides: str, text: str = "", content: dict[str, Any] | None = None) -> Training:
+    def run(*overrides: str, text: str = "", content: dict[str, Any] | None = None) -> ForTrain:
         path = tmp_path / "c.yaml"
         path.write_text(text + yaml.safe_dump(minimal() if content is None else content))
-        return load(Training, path, list(overrides))
+        return load(ForTrain, path, list(overrides))
 
     return run
 
@@ -214,16 +214,16 @@ def test_a_file_that_is_not_valid_yaml_is_refused_with_its_place(
 )
 def test_a_file_without_keys_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "c.yaml").write_bytes(content)
-    with pytest.raises(UserError, match="c.yaml") as caught:
-        load(Training, tmp_path / "c.yaml")
+    with pytest.raises(UserError, match=r"c[.]yaml") as caught:
+        load(ForTrain, tmp_path / "c.yaml")
     assert message in str(caught.value)
 
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such configuration file"):
-        load(Training, tmp_path / "absent.yaml")
+        load(ForTrain, tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="cannot be read"):
-        load(Training, tmp_path)
+        load(ForTrain, tmp_path)
 
 
 def test_keys_that_are_no_words_are_named(refuse: Any) -> None:
@@ -241,12 +241,12 @@ def test_merge_keys_of_yaml_work(tmp_path: Path) -> None:
         "data: &base {data_dir: d, batch_size: 3}\nmodel_name: m\n"
         "trainer: {checkpoint: {dirpath: r}}\n"
     )
-    assert load(Training, path).data.batch_size == 3
+    assert load(ForTrain, path).data.batch_size == 3
     path.write_text(
         "model_name: m\ntrainer: {checkpoint: {dirpath: r}}\n"
         "data: {<<: {data_dir: d, batch_size: 3}, batch_size: 4}\n"
     )
-    assert load(Training, path).data.batch_size == 4
+    assert load(ForTrain, path).data.batch_size == 4
 
 
 def test_numbers_are_read_as_people_write_them(check: Any) -> None:
@@ -409,9 +409,9 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
     return {path: field for path, field in walk(model) if not field.is_required()}
 
 
-@pytest.mark.parametrize("kind", [Training, Testing])
+@pytest.mark.parametrize("kind", [ForTrain, ForTest])
 def test_what_a_file_leaves_out_gets_the_schemas_default(kind: Any, tmp_path: Path) -> None:
-    content = minimal() if kind is Training else minimal_test()
+    content = minimal() if kind is ForTrain else minimal_test()
     loaded = load(kind, write_yaml(tmp_path / "c.yaml", content | {"wandb": {}}))
     for path, field in defaults(kind).items():
         value: Any = loaded
@@ -421,9 +421,9 @@ def test_what_a_file_leaves_out_gets_the_schemas_default(kind: Any, tmp_path: Pa
         assert value == default and type(value) is type(default), path
 
 
-@pytest.mark.parametrize("kind", [Training, Testing])
+@pytest.mark.parametrize("kind", [ForTrain, ForTest])
 def test_the_resolved_configuration_loads_again_as_the_same(kind: Any, tmp_path: Path) -> None:
-    content = minimal() if kind is Training else minimal_test()
+    content = minimal() if kind is ForTrain else minimal_test()
     loaded = load(kind, write_yaml(tmp_path / "c.yaml", content | {"wandb": {"api": KEY}}))
     (tmp_path / "again.yaml").write_text(to_yaml(loaded))
     again = load(kind, tmp_path / "again.yaml")
@@ -431,12 +431,12 @@ def test_the_resolved_configuration_loads_again_as_the_same(kind: Any, tmp_path:
     assert again.wandb.api is None
 
 
-@pytest.mark.parametrize("kind", [Training, Testing])
+@pytest.mark.parametrize("kind", [ForTrain, ForTest])
 def test_every_key_has_a_meaning(kind: Any) -> None:
     for path, field in walk(kind):
         assert field.description, path
     # Whether a resumed run may change a key is said for each, and only once: in the schema.
-    if kind is Training:
+    if kind is ForTrain:
         assert {f.json_schema_extra["resume"] for _, f in walk(kind)} == {"fixed", "free"}
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+import freeze
+from config import UserError
 from conftest import (
     KINDS,
     metrics_of,
@@ -15,13 +19,9 @@ from conftest import (
     train,
     train_config,
 )
-from test_resume import assert_same_run, stop_after
-from transformers import AutoModelForCausalLM
-
-import freeze
-from config import UserError
 from data import epoch_order
 from model import load_model
+from test_resume import assert_same_run, stop_after
 
 LOWER_HALF = {
     "model_params__do_freeze": True,
@@ -165,7 +165,11 @@ def test_a_compiled_model_learns_the_same(
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
     for name, value in (("plain", False), ("compiled", True)):
         config = train_config(
-            model_dirs["gpt_neo"], data_file, tmp_path / name, trainer__params__compile=value
+            model_dirs["gpt_neo"],
+            data_file,
+            tmp_path / name,
+            trainer__params__compile=value,
+            model_params__learning_rate=1e-4,  # at a larger one rounding grows from step to step
         )
         assert train(config) == 0
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
