@@ -356,8 +356,9 @@ class TestParams(Section):
         False, "a model directory without weights is initialised from `seed`: a baseline"
     )
     save_steps: PositiveInt = key(200, "samples between two flushes to the disk")
-    test_model_path: str | None = key(
-        None, "checkpoint, run directory or model directory to test; null: `model_name`"
+    test_model_path: str | list[str | None] | None = key(
+        None,
+        "run, checkpoint or model directory to test; null: `model_name`; a list compares them",
     )
     use_cache: bool = key(True, "the model's KV cache")
 
@@ -373,6 +374,9 @@ class TestConfig(Section):
 
     def contradictions(self) -> Iterator[str]:
         yield from _generation_contradictions("generate_params", self.generate_params)
+        paths = self.test_params.test_model_path
+        if isinstance(paths, list) and len(paths) < 2:
+            yield "test_params.test_model_path: found a list of less than two; nothing to compare"
 
 
 def _generation_contradictions(where: str, params: GenerateParams) -> Iterator[str]:

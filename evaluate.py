@@ -488,6 +488,26 @@ def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
 
 
 def test(config: TestConfig, console: Console, should_stop: Callable[[], bool]) -> bool:
+    """Test one model, or several and compare them; false if it was stopped."""
+    paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
+    if not isinstance(paths, list):
+        return test_model(config, paths, log, console, should_stop)
+    logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
+    for path, one in zip(paths, logs):
+        if not test_model(config, path, one, console, should_stop):
+            return False
+        console.say()
+    console.say(compare(logs, config.seed))
+    return True
+
+
+def test_model(
+    config: TestConfig,
+    path: str | None,
+    log_file: Path,
+    console: Console,
+    should_stop: Callable[[], bool],
+) -> bool:
     """Answer the questions of a split and score the answers; false if it was stopped.
 
     Answers are written in windows of `save_steps` samples. A window does not share batches with
@@ -498,7 +518,7 @@ def test(config: TestConfig, console: Console, should_stop: Callable[[], bool]) 
         UserError: anything that is wrong with model, data or an existing log.
     """
     device = Device("cuda" if config.cuda else "cpu")
-    place = find_model(config.test_params.test_model_path or config.model_name)
+    place = find_model(path or config.model_name)
     about = checkpoint.details(place) if isinstance(place, Path) else {}
     template = about.get("prompt_template", config.data.prompt_template or DEFAULT_TEMPLATE)
     if config.data.prompt_template not in (None, template):
@@ -534,7 +554,7 @@ def test(config: TestConfig, console: Console, should_stop: Callable[[], bool]) 
         f"data      {config.data.data_dir} [{config.data.split}]: {counts.describe()}, "
         f"longest prompt {longest} tokens"
     )
-    log = AnswerLog(Path(config.test_params.log_file), identity(config, place, source, template))
+    log = AnswerLog(log_file, identity(config, place, source, template))
     records = log.open(len(prompts), config.test_params.save_steps)
     if records:
         console.say(f"resume    {len(records)} of {len(prompts)} answers are there already")
@@ -769,3 +789,55 @@ def table(summary: dict[str, Any]) -> str:
         interval = f"{entry['low']:.4g} to {entry['high']:.4g}"
         rows.append(f"{name:<18}{entry['value']:>9.4g}   {interval}")
     return "\n".join(rows)
+
+
+COMPARED_SAMPLES = 5
+
+
+def compare(logs: list[Path], seed: int) -> str:
+    """Finished logs side by side, each against the first by a paired bootstrap.
+
+    Raises:
+        UserError: a log that cannot be read, or logs of different questions.
+    """
+    contents = [_read_log(log) for log in logs]
+    names = [f"{letter}: {log}" for letter, log in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", logs)]
+    parts = [*names, ""]
+    for name, other in zip(names[1:], contents[1:]):
+        letter = name[0]
+        try:
+            differences = metrics.compare(contents[0], other, seed=seed)
+            changed = metrics.most_changed(contents[0], other, COMPARED_SAMPLES)
+        except ValueError as error:
+            raise UserError(f"{logs[0]} and {name[3:]} cannot be compared: {error}") from None
+        parts.append(
+            f"{'metric':<14}{'A':>9}{letter:>9}{letter + ' - A':>10}   95 % interval        p"
+        )
+        for metric, entry in differences.items():
+            interval = f"{entry['low']:+.4g} to {entry['high']:+.4g}"
+            parts.append(
+                f"{metric:<14}{entry['value_a']:>9.4g}{entry['value_b']:>9.4g}"
+                f"{entry['difference']:>+10.4g}   {interval:<20} {entry['p']:.3f}"
+            )
+        for kind in ("better", "worse"):
+            parts.append(
+                f"\n{letter} is {kind} most in:"
+                if changed[kind]
+                else f"\n{letter} is {kind} in none"
+            )
+            for entry in changed[kind]:
+                parts.append(
+                    f"  {entry['question']}\n    expected {entry['reference']!r}; A "
+                    f"{entry['generated_a']!r}; {letter} {entry['generated_b']!r}"
+                )
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: not a log of answers (one JSON object a line)") from None

@@ -14,6 +14,7 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 
 from config import TestConfig, TrainConfig, UserError, load
@@ -88,7 +89,8 @@ def main(argv: list[str]) -> int:
         ("test", "answer a split's questions and score the answers, e.g. configs/test.yaml"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", help="the YAML file")
+        optional = {"nargs": "?"} if name == "test" else {}
+        command.add_argument("config", help="the YAML file", **optional)
         command.add_argument(
             "overrides",
             nargs="*",
@@ -96,11 +98,19 @@ def main(argv: list[str]) -> int:
             help="replaces a key of the file, e.g. trainer.params.max_epochs=1",
         )
         command.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+        if name == "test":
+            command.add_argument(
+                "--compare", nargs="+", metavar="LOG", help="compare finished logs instead"
+            )
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "train":
             training = load(TrainConfig, arguments.config, arguments.overrides)
             return train(training, Stop(), arguments.quiet)
+        if arguments.compare:
+            return compare(arguments.compare)
+        if arguments.config is None:
+            raise UserError("test: name a YAML file, or finished logs behind --compare")
         testing = load(TestConfig, arguments.config, arguments.overrides)
         return test(testing, Stop(), arguments.quiet)
     except UserError as error:
@@ -117,6 +127,16 @@ def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
     quiet_libraries()
     finished = evaluate.test(config, Console(quiet=quiet), stop.requested)
     return 0 if finished or stop.signal is None else INTERRUPTED + stop.signal
+
+
+def compare(logs: list[str]) -> int:
+    """Print finished logs of `test` side by side; returns the process's exit code."""
+    import evaluate
+
+    if len(logs) < 2:
+        raise UserError("--compare: found one log; allowed: two or more")
+    print(evaluate.compare([Path(log) for log in logs], seed=0))
+    return 0
 
 
 if __name__ == "__main__":

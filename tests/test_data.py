@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -195,9 +196,7 @@ def test_a_directory_holds_named_splits_or_one_json_file(tmp_path: Path) -> None
         "val": 2,
     }
     write(folder / "val.jsonl", "")
-    assert "val.jsonl and validation.jsonl are both the split 'val'" in str(refused(folder)) or (
-        "validation.jsonl and val.jsonl are both the split 'val'" in refused(folder)
-    )
+    assert "validation.jsonl and val.jsonl are both the split 'val'" in refused(folder)
     assert "found '.txt'; allowed: .json, .jsonl or .csv" in refused(write(tmp_path / "d.txt", ""))
 
 
@@ -326,7 +325,7 @@ def test_the_question_is_cut_from_its_end_and_the_template_stays_whole(encoder: 
         assert samples.lengths[0] <= max_length
         assert (samples.counts.question_cut, samples.counts.rows) == (1, {"question_cut": [1]})
         lengths.append(len(question))
-    assert lengths[0] == 0 and lengths == sorted(set(lengths))  # more room, more question
+    assert len(lengths) > 10 and lengths == sorted(set(lengths))  # more room, more question
 
 
 def test_an_answer_that_does_not_fit_alone_is_cut_and_learns_no_end(encoder: Encoder) -> None:
@@ -369,7 +368,7 @@ def test_without_truncation_the_tail_is_lost_and_the_question_left_alone(encoder
 
 def test_counts_name_the_first_few_rows_and_samples_keep_their_row(encoder: Encoder) -> None:
     pairs = pairs_of(*[(LONG, "Iron") if i % 2 else ("a", "b") for i in range(30)])
-    template, prompt, target = sizes(encoder, LONG, "Iron")
+    _, prompt, target = sizes(encoder, LONG, "Iron")
     samples = prepare_train(pairs, encoder, prompt + target - 1)
     text = "30 kept, 15 question cut (rows 2, 4, 6, 8, 10 ...), 0 answer cut, 0 dropped"
     assert samples.counts.describe() == text
@@ -565,7 +564,7 @@ def test_micro_batches_share_out_a_step_among_all_ranks(
     # Like lengths together: a later batch of a rank has nothing shorter than an earlier one.
     for batches in ranks:
         full = [lengths[members] for members in batches if len(members)]
-        assert all(a.max() <= b.min() for a, b in zip(full, full[1:]))
+        assert all(a.max() <= b.min() for a, b in itertools.pairwise(full))
 
 
 @BOUNDED
