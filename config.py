@@ -89,7 +89,7 @@ REFUSED_GENERATE_PARAMS = {
 
 
 def _precision(value: Any) -> Any:
-    return value if isinstance(value, bool) else PRECISIONS.get(str(value), value)
+    return PRECISIONS.get(str(value), value)
 
 
 def _template(value: str) -> str:

@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ import freeze
 from config import ModelParams, UserError
 from data import IGNORE, Batch
 
-# Logits of one chunk hold at most so many numbers, whatever the vocabulary (128 MB in float32).
-LOGITS_PER_CHUNK = 2**25
+# Logits of one chunk hold at most so many numbers, whatever the vocabulary (16 MB in float32).
+LOGITS_PER_CHUNK = 2**22
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -227,6 +227,8 @@ class AnswerModel(nn.Module):
 
     @torch.no_grad()
     def _splits(self) -> bool:
+        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
+            return False
         device = next(self.model.parameters()).device
         ids = torch.arange(4, device=device)[None] % self.model.config.get_text_config().vocab_size
         training = self.model.training
@@ -263,8 +265,10 @@ class AnswerModel(nn.Module):
             if self.prefix_cache is not None:
                 self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
-        head = [p for p in self.model.get_output_embeddings().parameters() if p.requires_grad]
-        return _ChunkedLoss.apply(self._head, self._vocabulary(), hidden, batch.target_ids, *head)
+        head = self.model.get_output_embeddings()
+        return _ChunkedLoss.apply(
+            hidden, batch.target_ids, head.weight, getattr(head, "bias", None), self.softcap
+        )
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
@@ -302,57 +306,67 @@ class _ChunkedLoss(torch.autograd.Function):
 
     The gradient of a chunk is taken while its logits are there, so that neither logits nor their
     gradient ever exist for more than one chunk. softmax(logits) - onehot(target) is written over
-    the logits themselves.
+    the logits themselves, and the head's gradient grows in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        head: Callable[[Tensor], Tensor],
-        vocabulary: int,
         hidden: Tensor,
         target_ids: Tensor,
-        *parameters: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
-        """hidden [M, C], target_ids [M]; `parameters` are the head's trainable ones."""
-        need_hidden = hidden.requires_grad
-        backward = torch.is_grad_enabled() or need_hidden or bool(parameters)
-        rows = max(1, LOGITS_PER_CHUNK // vocabulary)
-        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = hidden.new_zeros((), dtype=accumulate)
-        hidden_grads: list[Tensor] = []
-        grads = [torch.zeros_like(p) for p in parameters]
-        for h, ids in zip(hidden.detach().split(rows), target_ids.split(rows)):
-            with torch.set_grad_enabled(backward):
-                h = h.requires_grad_(need_hidden)
-                logits = head(h)
-            # Shared memory when there is nothing to convert: it is overwritten below.
-            scores = logits.detach().to(accumulate)
-            valid = ids != IGNORE
-            ids = ids.where(valid, 0)[:, None]
+        """hidden [M, C], target_ids [M], weight [V, C], bias [V]; the summed loss, a scalar."""
+        need_hidden, _, need_weight, need_bias, _ = ctx.needs_input_grad
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=exact)
+        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
+        weight_grad: Tensor | None = None
+        bias_grad = torch.zeros_like(bias) if need_bias and bias is not None else None
+        rows = max(1, LOGITS_PER_CHUNK // len(weight))
+        for start in range(0, len(hidden), rows):
+            h, ids = hidden[start : start + rows], target_ids[start : start + rows]
+            logits = F.linear(h, weight, bias)
+            dtype = logits.dtype  # autocast's, if it is on
+            scores = logits.to(exact)  # the same memory when there is nothing to convert
+            if softcap:
+                scores = scores.div_(softcap).tanh_()
+                slope = 1 - scores.square()
+                scores = scores * softcap
+            valid = (ids != IGNORE)[:, None]
+            ids = ids[:, None].where(valid, 0)
             log_total = scores.logsumexp(-1, keepdim=True)
-            chosen = scores.gather(-1, ids)
-            loss += ((log_total - chosen).squeeze(-1) * valid).sum()
-            if not (need_hidden or parameters):
+            loss += ((log_total - scores.gather(-1, ids)) * valid).sum()
+            if not (need_hidden or need_weight or need_bias):
                 continue
             scores = scores.sub_(log_total).exp_()
-            scores.scatter_add_(-1, ids, -torch.ones_like(chosen))
-            scores *= valid[:, None]
-            inputs = [h, *parameters] if need_hidden else list(parameters)
-            new = torch.autograd.grad(logits, inputs, scores.to(logits.dtype))
-            if need_hidden:
-                hidden_grads.append(new[0])
-            for total, part in zip(grads, new[-len(grads) :] if grads else ()):
-                total += part
-        ctx.hidden_grad = torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden)
-        ctx.grads = grads
+            scores.scatter_add_(-1, ids, -torch.ones_like(log_total))
+            scores *= valid
+            if softcap:
+                scores *= slope
+            if bias_grad is not None:
+                bias_grad += scores.sum(0)
+            scores = scores.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[start : start + rows] = scores @ weight.to(dtype)
+            if need_weight:
+                h = h.to(dtype)
+                if weight_grad is None:
+                    weight_grad = (scores.T @ h).to(weight.dtype)
+                elif weight_grad.dtype == dtype:
+                    weight_grad.addmm_(scores.T, h)
+                else:
+                    weight_grad += scores.T @ h
+        if need_weight and weight_grad is None:  # a batch without targets
+            weight_grad = torch.zeros_like(weight)
+        ctx.grads = (hidden_grad, None, weight_grad, bias_grad, None)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = outputs[0]
-        hidden = ctx.hidden_grad.mul_(scale) if ctx.needs_input_grad[2] else None
-        return (None, None, hidden, None, *(g.mul_(scale) for g in ctx.grads))
+        return tuple(None if g is None else g.mul_(outputs[0]) for g in ctx.grads)
 
 
 # --------------------------------------------------------------------- optimizer and schedule

@@ -532,8 +532,8 @@ def test_grouping_by_length_saves_padding_and_orders_steps_at_random() -> None:
     means = lengths[grouped].reshape(-1, size).mean(axis=1)
     correlation = np.corrcoef(np.arange(len(means)), means)[0, 1]
     assert abs(correlation) < 0.1  # 500 steps: 0.045 is one standard deviation
-    halves = means[: len(means) // 2].mean(), means[len(means) // 2 :].mean()
-    assert abs(halves[0] - halves[1]) < 40
+    # A step says nothing about the next one: within a pool the steps are shuffled too.
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15
 
 
 def test_the_last_short_step_is_not_made_of_the_longest_samples() -> None:

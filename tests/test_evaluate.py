@@ -83,7 +83,7 @@ def test_reference_perplexity_equals_a_plain_computation(
         target = tokenizer(f" {record['reference']}")["input_ids"] + [tokenizer.eos_token_id]
         logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
         loss = F.cross_entropy(logits, torch.tensor(target), reduction="sum")
-        assert record["reference_nll"] == pytest.approx(float(loss), rel=1e-4)
+        assert record["reference_nll"] == pytest.approx(loss.item(), rel=1e-4)
         assert record["reference_tokens"] == len(target)
 
 
@@ -248,8 +248,8 @@ def test_a_killed_test_goes_on_byte_for_byte(
 ) -> None:
     """A real process, killed while it writes; `cmp` of the two files at the end."""
     data = tmp_path / "data.json"
-    data.write_text(json.dumps({"test": rows(300)}))
-    changes = {"generate_params": {"max_new_tokens": 40}, "test_params__save_steps": 10}
+    data.write_text(json.dumps({"test": rows(60)}))
+    changes = {"generate_params": {"max_new_tokens": 20}, "test_params__save_steps": 6}
     whole = config_of(model_dirs["gpt_neo"], data, tmp_path / "whole.jsonl", **changes)
     parts = config_of(model_dirs["gpt_neo"], data, tmp_path / "parts.jsonl", **changes)
     assert run_test(whole) == 0

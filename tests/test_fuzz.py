@@ -209,7 +209,7 @@ def mutated(draw: Any) -> tuple[Any, Any]:
     for _ in range(draw(st.integers(1, 3))):
         node = content
         while isinstance(node, dict) and node:
-            name = draw(st.sampled_from(sorted(node)))
+            name = draw(st.sampled_from(sorted(node, key=str)))
             deeper = isinstance(node[name], dict) and node[name] and draw(st.booleans())
             if deeper:
                 node = node[name]
