@@ -689,9 +689,10 @@ def micro_batches(
 
 @dataclass
 class Batch:
-    """A right-padded micro-batch.
+    """A micro-batch: right-padded rows, or all samples behind each other in one row.
 
-    input_ids: int64 [B, T]. target_positions: int64 [M], indices into the B * T positions whose
+    input_ids: int64 [B, T]; packed, it is [1, T] and `lengths` has the samples' lengths, so that
+    each is attended to alone. target_positions: int64 [M], indices into the B * T positions whose
     *next* token is a target. target_ids: int64 [M], those next tokens; IGNORE fills up static
     shapes. rows: the samples' indices, on the host. prefix: cached outputs of frozen blocks,
     [B, T, C], see freeze.PrefixCache.
@@ -704,28 +705,39 @@ class Batch:
     target_ids: torch.Tensor
     rows: np.ndarray
     prefix: torch.Tensor | None = None
+    lengths: list[int] | None = None
 
 
 def collate(
-    samples: Samples, rows: np.ndarray, pad_id: int = 0, static_shape: tuple[int, int] | None = None
+    samples: Samples,
+    rows: np.ndarray,
+    pad_id: int = 0,
+    static_shape: tuple[int, int] | None = None,
+    packed: bool = False,
 ) -> Batch:
     """Gather samples into a `Batch`.
 
     Args:
+        packed: without any padding, for a model that can tell the samples apart.
         pad_id: any id that the model knows; what it is changes nothing.
         static_shape: (B, T) to pad to, for devices that compile for each shape.
     """
     parts = [samples.ids(int(i)) for i in rows]
-    width = max((len(ids) for ids, _ in parts), default=1)
-    height, width = static_shape or (max(1, len(parts)), width)
-    input_ids = np.full((height, width), pad_id, dtype=np.int64)
+    lengths = [len(ids) for ids, _ in parts] or [1]
+    if packed:
+        height, width = 1, sum(lengths)
+        starts = np.cumsum([0, *lengths])
+    else:
+        height, width = static_shape or (len(lengths), max(lengths))
+        starts = np.arange(height) * width
+    input_ids = np.full(height * width, pad_id, dtype=np.int64)
     positions: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    for b, (ids, prompt) in enumerate(parts):
-        input_ids[b, : len(ids)] = ids
+    for start, (ids, prompt) in zip(starts, parts):
+        input_ids[start : start + len(ids)] = ids
         # Position t predicts token t + 1; a token without one before it cannot be a target.
         first = max(prompt, 1)
-        positions.append(np.arange(first - 1, len(ids) - 1) + b * width)
+        positions.append(np.arange(first - 1, len(ids) - 1) + start)
         targets.append(ids[first:])
     position = np.concatenate(positions) if positions else np.zeros(0)
     target = np.concatenate(targets) if targets else np.zeros(0)
@@ -734,10 +746,11 @@ def collate(
         position = np.concatenate([position, np.zeros(missing)])
         target = np.concatenate([target, np.full(missing, IGNORE)])
     return Batch(
-        torch.from_numpy(input_ids),
+        torch.from_numpy(input_ids.reshape(height, width)),
         torch.from_numpy(position.astype(np.int64)),
         torch.from_numpy(target.astype(np.int64)),
         np.asarray(rows),
+        lengths=lengths if packed else None,
     )
 
 

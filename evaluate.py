@@ -400,7 +400,7 @@ def summed_loss(
     batches = [order[i : i + batch_size] for i in starts][:max_batches]
     total, targets = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad(), _evaluating(model):
-        for batch in device.feed(collate(samples, rows) for rows in batches):
+        for batch in device.feed(collate(samples, rows, packed=model.packs) for rows in batches):
             if should_stop():
                 return None
             with device.autocast():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from config import ModelParams, UserError
-from data import Samples, collate
+from data import Batch, Samples, collate
 
 KINDS = ("emb", "ln", "attn", "ff", "other")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -230,14 +230,18 @@ class PrefixCache:
         path.unlink()  # the mapping keeps it; nothing is left behind, whatever happens
         return array
 
-    def gather(self, rows: np.ndarray, width: int) -> Tensor:
-        """[B, width, C]: the cached hidden states of samples, zeros behind their ends."""
+    def gather(self, batch: Batch) -> Tensor:
+        """The cached hidden states in the batch's own layout, [B, T, C], zeros on padding."""
         assert self.store is not None
-        padded = np.zeros((max(1, len(rows)), width, self.store.shape[1]), dtype=self.store.dtype)
-        for b, row in enumerate(rows):
+        height, width = batch.input_ids.shape
+        hidden = np.zeros((height * width, self.store.shape[1]), dtype=self.store.dtype)
+        place = 0
+        for b, row in enumerate(batch.rows):
             start, stop = self.starts[row], self.starts[row + 1]
-            padded[b, : stop - start] = self.store[start:stop]
-        return torch.from_numpy(padded).view(self.dtype)
+            place = place if batch.lengths else b * width
+            hidden[place : place + stop - start] = self.store[start:stop]
+            place += stop - start
+        return torch.from_numpy(hidden).view(self.dtype).view(height, width, -1)
 
 
 FILL_BATCH = 8

@@ -17,7 +17,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
+from transformers.activations import NewGELUActivation
+from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 
 import freeze
 from config import ModelParams, UserError
@@ -136,12 +137,25 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
     transformers has GPT-Neo in eager form only, which builds a float32 [B, H, T, S] matrix a
     layer. Two things are GPT-Neo's own: queries are not scaled, and in local layers a token sees
     only the `window_size` newest tokens, itself included.
+
+    lengths: of the samples in a packed row, which are attended to one by one; None for rows that
+    are one sample each.
     """
+
+    lengths: list[int] | None = None
 
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S]."""
+        if self.lengths is None:
+            return self._attend(query, key, value, attention_mask), None
+        parts = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
+        return torch.cat([self._attend(q, k, v, None) for q, k, v in zip(*parts)], dim=2), None
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
         T, S = query.size(-2), key.size(-2)
         window = self.config.window_size if self.attention_type == "local" else S
         if T == 1 and S > window:  # one new token: the window is the newest keys
@@ -158,7 +172,7 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
                 attention_mask = attention_mask.masked_fill(~near, lowest)
         elif attention_mask is None and 1 < T < S:
             attention_mask = _causal_window(T, S, S, query.device)
-        output = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -167,7 +181,40 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
             is_causal=attention_mask is None and T > 1,
             scale=1.0,
         )
-        return output, None
+
+
+class GeluLinear(torch.autograd.Function):
+    """linear(gelu(x)) that keeps x for the backward pass, and not gelu(x) as well.
+
+    The two are the widest tensors of a block, four times the hidden size; computing the second
+    one again costs about 1 % of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x [..., I], weight [C, I], bias [C] -> [..., C]"""
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = outputs[0].flatten(0, -2)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            inner = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
+            x_grad = torch.ops.aten.gelu_backward(inner, x, approximate="tanh")
+        if ctx.needs_input_grad[1]:
+            activated = F.gelu(x, approximate="tanh").flatten(0, -2)
+            weight_grad = (grad.T @ activated.to(grad.dtype)).to(weight.dtype)
+        bias_grad = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return x_grad, weight_grad, bias_grad
+
+
+class FusedGPTNeoMLP(GPTNeoMLP):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.c_fc(hidden_states)
+        return self.dropout(GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias))
 
 
 @functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
@@ -183,9 +230,11 @@ def speed_up(model: PreTrainedModel) -> None:
         if type(module) is GPTNeoSelfAttention:
             module.__class__ = SdpaGPTNeoAttention
             module.bias = None  # the [1, 1, context, context] mask of the eager form
+        if type(module) is GPTNeoMLP and type(module.act) is NewGELUActivation:
+            module.__class__ = FusedGPTNeoMLP
         for name, child in module.named_children():
             # The same formula written out in Python, as eight operations over the widest tensor.
-            if type(child) is transformers.activations.NewGELUActivation:
+            if type(child) is NewGELUActivation:
                 setattr(module, name, nn.GELU(approximate="tanh"))
     if model.config.model_type == "gpt_neo":
         # Lets transformers skip the mask when causality alone decides.
@@ -223,7 +272,10 @@ class AnswerModel(nn.Module):
         # ALiBi models and OPT find positions from the mask; recurrent models have another cache.
         self.takes_positions = "position_ids" in accepted
         self.takes_cache = "past_key_values" in accepted
+        self.attentions = [m for m in model.modules() if isinstance(m, SdpaGPTNeoAttention)]
         self.split = self._splits()
+        # Whether this model takes batches without padding, see data.Batch.
+        self.packs = self.split and bool(self.attentions)
 
     @torch.no_grad()
     def _splits(self) -> bool:
@@ -242,7 +294,14 @@ class AnswerModel(nn.Module):
         finally:
             self.model.train(training)
 
-    def _backbone(self, input_ids: Tensor, **kwargs: Any) -> Any:
+    def _backbone(self, input_ids: Tensor, lengths: list[int] | None = None, **kwargs: Any) -> Any:
+        for attention in self.attentions:
+            attention.lengths = lengths
+        if lengths is not None:
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            kwargs["position_ids"] = positions.to(input_ids.device)
+            # A mask of four dimensions is passed on as it is, and our attention needs none.
+            kwargs["attention_mask"] = input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
         return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -260,7 +319,7 @@ class AnswerModel(nn.Module):
         if self.prefix_cache is not None:
             self.prefix_cache.current = batch.prefix
         try:
-            hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+            hidden = self._backbone(batch.input_ids, batch.lengths)[0].flatten(0, 1)
         finally:
             if self.prefix_cache is not None:
                 self.prefix_cache.current = None

@@ -424,11 +424,11 @@ class Run:
         size, device = self.config.data.batch_size, self.device
         parts = micro_batches(rows, size, self.samples.lengths, device.rank, device.world_size)
         shape = (size, self.config.data.max_length) if self.config.data.on_tpu else None
+        packed = self.model.packs and shape is None and not self.params.compile
         for part in parts:
-            batch = collate(self.samples, part, static_shape=shape)
+            batch = collate(self.samples, part, static_shape=shape, packed=packed)
             if self.model.prefix_cache is not None:
-                width = batch.input_ids.shape[1]
-                batch.prefix = self.model.prefix_cache.gather(part, width)
+                batch.prefix = self.model.prefix_cache.gather(batch)
             yield batch
 
     def set_learning_rate(self) -> float:

@@ -89,8 +89,9 @@ def main(argv: list[str]) -> int:
         ("test", "answer a split's questions and score the answers, e.g. configs/test.yaml"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        optional = {"nargs": "?"} if name == "test" else {}
-        command.add_argument("config", help="the YAML file", **optional)
+        # `test --compare` needs no configuration.
+        nargs = "?" if name == "test" else None
+        command.add_argument("config", help="the YAML file", nargs=nargs)
         command.add_argument(
             "overrides",
             nargs="*",

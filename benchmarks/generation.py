@@ -122,9 +122,10 @@ def main() -> int:
         for way, runs in results.items()
     }
     lengths = sorted(len(tokens) for tokens in results["sft"][0]["answers"])
+    middle = lengths[len(lengths) // 2]
     print(
         f"{arguments.questions} questions, answers of {lengths[0]} to {lengths[-1]} tokens (median "
-        f"{lengths[len(lengths) // 2]}), batch {arguments.batch_size}, {arguments.threads} threads\n"
+        f"{middle}), batch {arguments.batch_size}, {arguments.threads} threads\n"
     )
     print("| way | tokens/s | sft is faster by | other texts |\n|---|---|---|---|")
     failed = False

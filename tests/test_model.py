@@ -75,7 +75,9 @@ def test_loss_and_gradients_equal_those_of_transformers(
     )
     answer_model = AnswerModel(ours)
     assert answer_model.split, "the head must run on target positions only"
-    batch = collate(samples, np.arange(len(samples)), pad_id=5)
+    assert answer_model.packs == (kind == "gpt_neo")
+    batch = collate(samples, np.arange(len(samples)), pad_id=5, packed=answer_model.packs)
+    assert (batch.input_ids.shape[0] == 1) == answer_model.packs
     loss = answer_model(batch) / len(batch.target_ids)
     loss.backward()
     inputs = reference_batch(samples, pad_id=0)
@@ -89,7 +91,7 @@ def test_loss_and_gradients_equal_those_of_transformers(
     assert torch.allclose(loss.float(), output.loss, rtol=1e-6)
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters()):
         assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12), name
-    per_target = answer_model.target_losses(batch)
+    per_target = answer_model.target_losses(collate(samples, np.arange(len(samples))))
     assert torch.allclose(per_target.double().mean(), reference, rtol=1e-6)
 
 
@@ -158,6 +160,24 @@ def test_what_padding_holds_never_changes_loss_or_gradient(
         for loss, grad in results[1:]:
             assert torch.equal(loss, results[0][0])
             assert torch.equal(grad, results[0][1])
+
+
+def test_a_packed_row_keeps_its_samples_apart(model_dirs: dict[str, Path], tokenizer: Any) -> None:
+    """Changing one sample's text changes no other sample's losses by a bit."""
+    model = AnswerModel(load_model(str(model_dirs["gpt_neo"]))[0])
+    samples = samples_of(tokenizer)
+    whole = collate(samples, np.array([2, 5, 1]), packed=True)
+    assert whole.lengths == [int(samples.lengths[i]) for i in (2, 5, 1)]
+    alone = [model(collate(samples, np.array([i]), packed=True)).item() for i in (2, 5, 1)]
+    assert model(whole).item() == pytest.approx(sum(alone), rel=1e-6)
+    padded = model(collate(samples, np.array([2, 5, 1]))).item()
+    assert model(whole).item() == pytest.approx(padded, rel=1e-6)
+    changed = collate(samples, np.array([2, 5, 1]), packed=True)
+    changed.input_ids[0, : whole.lengths[0]] = 7
+    with torch.no_grad():
+        a, b = (model._backbone(c.input_ids, c.lengths)[0] for c in (whole, changed))
+    assert torch.equal(a[0, whole.lengths[0] :], b[0, whole.lengths[0] :])
+    assert not torch.equal(a[0, : whole.lengths[0]], b[0, : whole.lengths[0]])
 
 
 def test_padding_equal_to_eos_still_learns_eos(tokenizer: Any) -> None:

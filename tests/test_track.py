@@ -1,0 +1,189 @@
+"""What a run tells: metrics.jsonl, W&B's own offline file, console lines, a W&B that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config import Wandb
+from conftest import cli, metrics_of, process, train_config, write_yaml
+from track import Console, Metrics, WandbWriter, duration
+
+BLOCK = 32768  # W&B's file is a LevelDB log: blocks of this size, records framed in 7 bytes
+
+
+def records_of(file: Path) -> list[Any]:
+    """The records of an offline run, decoded with wandb's own protobuf classes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, partial, records = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if BLOCK - position % BLOCK < 7:  # the rest of a block is filled up
+            position += BLOCK - position % BLOCK
+            continue
+        length = int.from_bytes(content[position + 4 : position + 6], "little")
+        kind = content[position + 6]
+        partial += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(partial)
+            records.append(record)
+            partial = b""
+    return records
+
+
+def key_of(item: Any) -> str:
+    return item.key or "/".join(item.nested_key)
+
+
+@pytest.fixture(scope="module")
+def offline_run(
+    model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any], list[Any]]:
+    """A run that was stopped by `max_steps` and resumed, and the records of both parts."""
+    from conftest import rows
+
+    base = tmp_path_factory.mktemp("wandb")
+    data = base / "data.json"
+    data.write_text(json.dumps({"train": rows(22), "val": rows(6, offset=40)}))
+    config = train_config(
+        model_dirs["gpt2"],
+        data,
+        base / "run",
+        model_params__do_compute_metrics=True,
+        model_params__val_generate_params={"max_new_tokens": 4},
+        trainer__params__max_epochs=1,
+    )
+    config["wandb"] = {
+        "api": "secret-key",
+        "args": {"group": "g1", "job_type": "j1", "name": "n1", "project_name": "p1"},
+    }
+    path = write_yaml(base / "c.yaml", config)
+    environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(base)}
+    first = process("train", path, env=environment)
+    assert first.returncode == 0, first.stderr
+    more = ["trainer.ckpt_path=last", "trainer.params.max_epochs=2"]
+    second = process("train", path, *more, env=environment)
+    assert second.returncode == 0, second.stderr
+    files = sorted((base / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    return base / "run", records_of(files[0]), records_of(files[1])
+
+
+def test_wandb_has_the_run_as_configured(offline_run: tuple[Path, list[Any], list[Any]]) -> None:
+    run = next(r.run for r in offline_run[1] if r.WhichOneof("record_type") == "run")
+    assert (run.run_group, run.job_type, run.display_name, run.project) == ("g1", "j1", "n1", "p1")
+    config = {key_of(item): json.loads(item.value_json) for item in run.config.update}
+    assert config["data"]["batch_size"] == 4
+    assert config["seed"] == 1
+    assert "api" not in json.dumps(config)
+
+
+def test_wandb_has_the_values_of_metrics_jsonl(
+    offline_run: tuple[Path, list[Any], list[Any]],
+) -> None:
+    logged: dict[str, dict[int, float]] = {}
+    for record in offline_run[1] + offline_run[2]:
+        if record.WhichOneof("record_type") == "history":
+            row = {key_of(item): json.loads(item.value_json) for item in record.history.item}
+            for name, value in row.items():
+                logged.setdefault(name, {})[row["global_step"]] = value
+    lines = metrics_of(offline_run[0])
+    assert logged["train/loss"] == {li["step"]: li["loss"] for li in lines if "loss" in li}
+    assert logged["train/lr"] == {li["step"]: li["lr"] for li in lines if "lr" in li}
+    expected = {li["step"]: li["val_loss"] for li in lines if "val_loss" in li}
+    assert logged["val/loss"] == expected
+    tables = [name for name in logged if name.startswith("val/answers")]  # of sample answers
+    assert tables and set(logged[tables[0]]) == set(expected)
+
+
+def test_wandb_goes_on_with_the_same_run_after_a_resume(
+    offline_run: tuple[Path, list[Any], list[Any]],
+) -> None:
+    ids = {
+        r.run.run_id
+        for records in offline_run[1:]
+        for r in records
+        if r.WhichOneof("record_type") == "run"
+    }
+    assert len(ids) == 1
+
+
+def test_wandb_summary_names_the_best_checkpoint(
+    offline_run: tuple[Path, list[Any], list[Any]],
+) -> None:
+    updates = [
+        key_of(item)
+        for record in offline_run[1]
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    ]
+    assert "best_checkpoint" in updates
+
+
+def test_a_failing_wandb_does_not_stop_training(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import wandb
+
+    def fails(**_: Any) -> None:
+        raise ConnectionError("no route to W&B")
+
+    monkeypatch.setattr(wandb, "init", fails)
+    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
+    config["wandb"] = {"api": None}
+    assert cli("train", write_yaml(tmp_path / "c.yaml", config)) == 0
+    error = capsys.readouterr().err
+    assert "W&B is off for this run: ConnectionError: no route to W&B" in error
+
+
+def test_a_slow_wandb_is_left_behind(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: time.sleep(30))
+    monkeypatch.setattr(WandbWriter, "FINISH_SECONDS", 0.1)
+    began = time.monotonic()
+    writer = WandbWriter(Wandb(), tmp_path, {}, "id", Console(), "train")
+    writer.log({"a": 1})
+    writer.finish()
+    assert time.monotonic() - began < 25
+    assert "did not finish within" in capsys.readouterr().err
+
+
+def test_metrics_write_null_for_what_is_no_number(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.write({"loss": float("nan"), "norm": float("inf"), "step": 3})
+    metrics.close()
+    assert metrics_of(tmp_path) == [{"loss": None, "norm": None, "step": 3}]
+
+
+def test_quiet_prints_warnings_only(capsys: Any) -> None:
+    console = Console(quiet=True)
+    console.say("a line")
+    console.warn("look out")
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "warning: look out\n"
+
+
+def test_every_run_keeps_what_it_was_made_with(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+) -> None:
+    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
+    assert cli("train", write_yaml(tmp_path / "c.yaml", config), "--quiet") == 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["train"]["kept"] == 22 and record["val"]["kept"] == 6
+    assert len(record["data_sha256"]) == 64 and record["packages"]["torch"]
+    assert record["device"].startswith("cpu")
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(3.21, "3.2 s"), (245, "4 min 05 s"), (7380, "2 h 03 min")]
+)
+def test_durations_are_readable(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
