@@ -18,11 +18,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from config import TrainConfig, UserError, resolved, walk
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.pt"
@@ -46,7 +51,13 @@ def steps(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     found = [p for p in directory.iterdir() if STEP_NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    return sorted(found, key=number, reverse=True)
+
+
+def number(path: Path) -> int:
+    """The global step in a step directory's name; -1 for another name."""
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 # ------------------------------------------------------------------------------------- writing
@@ -128,6 +139,23 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def lock(run: Path) -> IO[str]:
+    """Hold a run's directory until the process ends; the kernel lets go however it ends.
+
+    Raises:
+        UserError: another process trains there.
+    """
+    handle = (run / ".lock").open("w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training in this directory") from None
+        except OSError:
+            pass  # a file system without locks
+    return handle
+
+
 def clean_up(run: Path) -> None:
     """Remove what an interrupted save left behind, and finish an interrupted replacement."""
     if not run.is_dir():
@@ -143,11 +171,12 @@ def clean_up(run: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def rotate(run: Path, keep: int, protect: Path | None) -> None:
-    """Delete all but the newest `keep` checkpoints, never `protect` and never one not ours."""
+def rotate(run: Path, keep: int, protect: set[Path]) -> None:
+    """Delete all but the newest `keep` checkpoints, never one of `protect`, never one not ours."""
     ours = [p for p in steps(run) if _looks_intact(p)]
+    safe = {path.resolve() for path in protect}
     for old in ours[keep:]:
-        if protect is None or old.resolve() != protect.resolve():
+        if old.resolve() not in safe:
             # Renamed first: a deletion that is cut short must not leave half a checkpoint.
             doomed = old.rename(old.with_name(f"{TEMPORARY}{old.name}"))
             shutil.rmtree(doomed, ignore_errors=True)

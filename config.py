@@ -188,10 +188,12 @@ class GenerateParams(Section):
     typical_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "locally typical sampling")
     epsilon_cutoff: Share = free(0.0, "sample tokens at least this likely")
     eta_cutoff: Share = free(0.0, "entropy-dependent form of epsilon_cutoff")
-    bad_words_ids: list[list[Count]] | None = free(None, "token sequences never to generate")
+    bad_words_ids: list[Annotated[list[Count], Field(min_length=1)]] | None = free(
+        None, "token sequences never to generate"
+    )
     suppress_tokens: list[Count] | None = free(None, "token ids never to generate")
     begin_suppress_tokens: list[Count] | None = free(None, "token ids not to begin an answer with")
-    eos_token_id: Count | list[Count] | None = free(
+    eos_token_id: Count | Annotated[list[Count], Field(min_length=1)] | None = free(
         None, "what ends an answer; null: the tokenizer's EOS"
     )
 

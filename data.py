@@ -102,6 +102,11 @@ class DataSource:
                 raise UserError(f"{file}: found {file.suffix!r}; allowed: .json, .jsonl or .csv")
         return cls(path, splits, question_key, answer_key)
 
+    def has(self, split: str) -> bool:
+        """Whether the split is there and has a row; an empty one counts as absent."""
+        rows = self.splits.get(split)
+        return rows is not None and next(_records(rows), None) is not None
+
     def pairs(self, split: str, *, empty_answers: bool = False) -> Iterator[Pair]:
         """The checked (row, question, answer) of a split, in file order.
 

@@ -43,9 +43,18 @@ class StepResult:
 
 
 class Device:
-    def __init__(self, accelerator: str = "auto", precision: str = "32-true") -> None:
-        """Raises UserError if the accelerator is absent or cannot do the precision."""
-        self.torch_device = torch.device(_choose(accelerator))
+    def __init__(
+        self,
+        accelerator: str = "auto",
+        precision: str = "32-true",
+        key: str = "trainer.params.accelerator",
+    ) -> None:
+        """`key` is the configuration key to name in messages.
+
+        Raises:
+            UserError: the accelerator is absent or cannot do the precision.
+        """
+        self.torch_device = torch.device(_choose(accelerator, key))
         self.kind = self.torch_device.type
         self.precision = precision
         self.weights_dtype = WEIGHTS.get(precision, torch.float32)
@@ -227,12 +236,12 @@ def available() -> list[str]:
     return [*found, "cpu"]
 
 
-def _choose(accelerator: str) -> str:
+def _choose(accelerator: str, key: str) -> str:
     there = available()
     wanted = {"auto": there[0], "gpu": "cuda", "tpu": "xla"}.get(accelerator, accelerator)
     if wanted not in there:
         raise UserError(
-            f"trainer.params.accelerator: found {accelerator!r}, which this machine does not "
+            f"{key}: found {accelerator!r}, which this machine does not "
             f"have; allowed here: {', '.join(['auto', *there])}"
         )
     return wanted

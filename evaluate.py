@@ -290,7 +290,9 @@ def _whole(
         kwargs["past_key_values"] = cache
     last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
     start = torch.zeros_like(lengths) if side == "right" else width - lengths
+    # Padding stays within the positions that the model knows, whatever it is padded to.
     positions = (torch.arange(width)[None] - start[:, None]).clamp(min=0)
+    positions = positions.minimum(lengths[:, None] - 1)
     if model.takes_positions:
         kwargs["position_ids"] = device.move(positions)
     logits, _ = model.next_logits(device.move(padded["input_ids"]), device.move(last), **kwargs)
@@ -389,6 +391,7 @@ def summed_loss(
     device: Device,
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
+    shape: tuple[int, int] | None = None,
     max_batches: int | None = None,
 ) -> tuple[float, int] | None:
     """(summed loss, number of targets) over samples, longest first; None if stopped.
@@ -400,13 +403,36 @@ def summed_loss(
     batches = [order[i : i + batch_size] for i in starts][:max_batches]
     total, targets = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad(), _evaluating(model):
-        for batch in device.feed(collate(samples, rows, packed=model.packs) for rows in batches):
+        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in batches)
+        for batch in device.feed(made):
             if should_stop():
                 return None
             with device.autocast():
-                total += model(batch).double().cpu()
+                total += model(batch).cpu().double()
             targets += int(samples.target_lengths[batch.rows].sum())
     return float(total), targets
+
+
+def static_shape(config: TrainConfig) -> tuple[int, int] | None:
+    """(B, T) that every batch is padded to with `data.on_tpu`, else None."""
+    return (config.data.batch_size, config.data.max_length) if config.data.on_tpu else None
+
+
+def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:
+    """Raise a UserError for a token id that the model does not have."""
+    known = model.model.get_input_embeddings().num_embeddings
+    ends = params.eos_token_id or []
+    named = {
+        "bad_words_ids": [token for word in params.bad_words_ids or [] for token in word],
+        "suppress_tokens": params.suppress_tokens or [],
+        "begin_suppress_tokens": params.begin_suppress_tokens or [],
+        "eos_token_id": ends if isinstance(ends, list) else [ends],
+    }
+    for name, tokens in named.items():
+        if tokens and max(tokens) >= known:
+            raise UserError(
+                f"{where}.{name}: found token {max(tokens)}; allowed: 0 to {known - 1}, the model's"
+            )
 
 
 @contextmanager
@@ -433,7 +459,8 @@ def validate(
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    result = summed_loss(model, samples, device, config.data.batch_size, should_stop)
+    size, shape = config.data.batch_size, static_shape(config)
+    result = summed_loss(model, samples, device, size, should_stop, shape)
     if result is None:
         return None
     loss = result[0] / result[1]
@@ -517,8 +544,8 @@ def test_model(
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    device = Device("cuda" if config.cuda else "cpu")
-    place = find_model(path or config.model_name)
+    device = Device("cuda" if config.cuda else "cpu", key="cuda")
+    place = find_model(path or config.model_name, console)
     about = checkpoint.details(place) if isinstance(place, Path) else {}
     template = about.get("prompt_template", config.data.prompt_template or DEFAULT_TEMPLATE)
     if config.data.prompt_template not in (None, template):
@@ -546,6 +573,7 @@ def test_model(
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
     model = AnswerModel(plain.to(device.torch_device)).eval()
+    check_token_ids(config.generate_params, model, "generate_params")
     console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
     for remark in remarks:
         console.say(f"          {remark}")
@@ -657,14 +685,14 @@ def reference_losses(
     order = np.argsort(-samples.lengths, kind="stable")
     batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
     for batch in device.feed(collate(samples, rows) for rows in batches):
-        losses = model.target_losses(batch).double().cpu()
+        losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
         for row, part in zip(batch.rows, losses.split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
 
 
-def find_model(name: str) -> Path | str:
+def find_model(name: str, console: Console) -> Path | str:
     """A run directory's best (or newest intact) model, a model directory, or a hub id.
 
     Raises:
@@ -675,7 +703,13 @@ def find_model(name: str) -> Path | str:
         return name
     if not (path / "config.json").exists():
         best = path / "best"
-        path = best if best.is_dir() else checkpoint.find(str(path), path)[0]
+        if best.is_dir():
+            path = best
+        else:
+            path, remarks = checkpoint.find(str(path), path)
+            for remark in remarks:
+                console.warn(remark)
+            console.warn(f"{best}: there is none yet; {path} is tested")
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     return path
@@ -696,6 +730,8 @@ def identity(
         "template": template,
         "seed": config.seed,
         "do_compute_metrics": config.test_params.do_compute_metrics,
+        "from_scratch": config.test_params.from_scratch,
+        "save_steps": config.test_params.save_steps,
     }
     for name in ("split", "max_prompt_length", "truncate_promt"):
         values[f"data.{name}"] = getattr(config.data, name)
@@ -836,8 +872,12 @@ def compare(logs: list[Path], seed: int) -> str:
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"{path}: not a log of answers (one JSON object a line)") from None
+        records = [None]
+    needed = {"question", "reference", "generated", "token_f1"}
+    if not all(isinstance(record, dict) and needed <= record.keys() for record in records):
+        raise UserError(f"{path}: not a log of answers, as `test` writes one")
+    return records

@@ -30,7 +30,7 @@ FEED_FORWARD_NAMES = ("MLP", "FeedForward", "FFN", "Moe", "MoE", "Expert")
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of transformer blocks: its outermost, then longest uniform ModuleList.
+    """The model's stack of transformer blocks: its outermost, then longest ModuleList.
 
     Raises:
         UserError: the model has none.
@@ -38,7 +38,7 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     found = [
         (name.count("."), -len(module), module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) > 0
     ]
     if not found:
         raise UserError(f"{type(model).__name__}: no stack of blocks found; freezing needs one")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def load_tokenizer(name: str) -> Any:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(f"{_place(name)}: no tokenizer could be loaded: {_reason(error)}") from None
 
@@ -51,7 +53,8 @@ def load_model(
 
     Args:
         name: hub id or local directory.
-        from_scratch: initialise at random (from `seed`) instead of loading weights.
+        from_scratch: a directory without weights is initialised at random from `seed`; weights
+            that are there are used all the same.
 
     Returns:
         The model and remarks for the user, such as that its weights are random.
@@ -60,6 +63,11 @@ def load_model(
         UserError: nothing there, no weights without `from_scratch`, not a causal LM.
     """
     path = Path(name)
+    if from_scratch and not path.is_dir():
+        raise UserError(
+            f"model_name: {name}: from_scratch is for a local model directory without weights; "
+            "set it to false to use the weights of a hub model"
+        )
     if path.exists() and not path.is_dir():
         raise UserError(f"model_name: {name}: a file; allowed: a model directory or a hub id")
     if path.is_dir() and not (path / "config.json").exists():
@@ -67,21 +75,23 @@ def load_model(
     has_weights = any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES)
     if path.is_dir() and not has_weights and not from_scratch:
         raise UserError(
-            f"model_name: {name}: found a config but no weights; set "
-            "model_params.from_scratch: true to initialise them at random, or name a directory "
-            "with a model.safetensors"
+            f"model_name: {name}: found a config but no weights; set from_scratch: true "
+            "(model_params.from_scratch, in a test test_params.from_scratch) to initialise them "
+            "at random, or name a directory with a model.safetensors"
         )
     remarks = []
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         # GPT-Neo has no SDPA of its own and gets ours below; others take transformers' choice.
-        attention = {"attn_implementation": "eager"} if config.model_type == "gpt_neo" else {}
-        if from_scratch:
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+        if config.model_type == "gpt_neo":
+            options["attn_implementation"] = "eager"
+        if from_scratch and not has_weights:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
+            model = AutoModelForCausalLM.from_config(config, **options)
             remarks.append(f"weights initialised at random from seed {seed} (from_scratch)")
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **attention)
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
                 remarks.append(f"stored in {_name(stored)}, loaded as {_name(dtype)}")
@@ -122,10 +132,19 @@ def check_fits(model: PreTrainedModel, tokenizer: Any, length: int, key: str) ->
         )
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and shapes of all parameters: which architecture this is."""
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+def architecture(name: str) -> str:
+    """SHA-256 over what in a model's config decides the meaning of its weights.
+
+    Paths, versions and how it is run are left out, so a directory may move or be converted.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key in ("model_type", "vocab_size", "activation_function", "hidden_act")
+        or re.search(r"size|hidden|layers|heads|num_|n_embd|n_layer|n_head|tie_|rope|window", key)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------- attention
@@ -325,9 +344,10 @@ class AnswerModel(nn.Module):
                 self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
         head = self.model.get_output_embeddings()
-        return _ChunkedLoss.apply(
-            hidden, batch.target_ids, head.weight, getattr(head, "bias", None), self.softcap
-        )
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if not torch.is_grad_enabled():  # a Function would not know and compute gradients
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return _ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, self.softcap)
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:

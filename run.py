@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -39,14 +40,14 @@ from data import (
     numbered,
 )
 from device import Device, StepResult
-from evaluate import summed_loss, validate
+from evaluate import check_token_ids, static_shape, summed_loss, validate
 from model import (
     AnswerModel,
+    architecture,
     check_fits,
     checkpoint_activations,
     context_length,
     export,
-    fingerprint,
     learning_rate,
     load_model,
     load_tokenizer,
@@ -85,6 +86,7 @@ class State:
     window_targets: int = 0
     window_tokens: int = 0
     validated_at: int = -1
+    validated_step: int = 0
     best_value: float | None = None
     best_step: int = 0
     seconds: float = 0.0
@@ -133,7 +135,7 @@ class Run:
         self._load_data(source)
         self._plan()
         identity = {
-            "model": fingerprint(self.model.model),
+            "model": architecture(config.model_name),
             "data": source.fingerprint(),
             "samples_per_step": self.samples_per_step,
         }
@@ -145,6 +147,7 @@ class Run:
             metrics_size = self._restore(self.resumed_from)
         self._cache_prefix()
         self.saved_at = self._moment() if self.resumed_from else None
+        self.saved_step = self.state.global_step if self.resumed_from else 0
         self._open_records(metrics_size)
         self._announce()
         self.started = self.window_started = time.monotonic()
@@ -164,21 +167,26 @@ class Run:
                 f"trainer.checkpoint.dirpath: {self.directory}: cannot be written to "
                 f"({error.strerror}); name a directory that can"
             ) from None
+        self.lock = checkpoint.lock(self.directory)
         checkpoint.clean_up(self.directory)
         there = checkpoint.steps(self.directory)
         if wanted is None:
-            if there or (self.directory / "best").exists():
-                newest = there[0].name if there else "best"
+            if there:
                 raise UserError(
                     f"trainer.checkpoint.dirpath: {self.directory} already holds a run "
-                    f"({newest}); go on with it by trainer.ckpt_path=last, or name another "
+                    f"({there[0].name}); go on with it by trainer.ckpt_path=last, or name another "
                     "directory by trainer.checkpoint.dirpath=..."
+                )
+            if (self.directory / "best").exists():
+                raise UserError(
+                    f"trainer.checkpoint.dirpath: {self.directory} holds best/ and nothing that "
+                    "could be resumed; move it away, or name another directory"
                 )
             return None
         path, remarks = checkpoint.find(wanted, self.directory)
         for remark in remarks:
             self.console.warn(remark)
-        newer = [p for p in there if p.name > path.name and len(p.name) >= len(path.name)]
+        newer = [p for p in there if checkpoint.number(p) > checkpoint.number(path)]
         inside = path.resolve().parent == self.directory.resolve()
         if newer and inside and not remarks:
             raise UserError(
@@ -197,14 +205,18 @@ class Run:
         model, remarks = load_model(
             name, from_scratch=scratch, dtype=self.device.weights_dtype, seed=config.seed
         )
+        if self.resumed_from:
+            remarks.append(f"weights from {self.resumed_from}")
         self.remarks += remarks
         check_fits(model, self.tokenizer, config.data.max_length, "data.max_length")
         freeze.apply(model, config.model_params)
         if self.params.gradient_checkpointing:
             checkpoint_activations(model)
+        self.model = AnswerModel(model.to(self.device.torch_device))
+        # A compiled model would be compiled anew for each list of lengths.
+        self.model.packs &= not self.params.compile and not config.data.on_tpu
         if self.params.compile:
             model.base_model.compile(dynamic=True)
-        self.model = AnswerModel(model.to(self.device.torch_device))
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
 
@@ -219,7 +231,7 @@ class Run:
             size = count * data.batch_size if isinstance(count, int) else count * len(self.samples)
             chosen = np.arange(min(len(self.samples), max(1, math.ceil(size))))
             self.samples = self.val_samples = self.samples.subset(chosen)
-        elif "val" in source.splits:
+        elif source.has("val"):
             self.val_split = "val"
             self.val_samples, _ = cached_samples(source, "val", *cache)
         elif len(self.samples):
@@ -244,6 +256,7 @@ class Run:
             if pair.row in wanted:
                 ids, prompt = self.val_samples.ids(wanted[pair.row])
                 prompts.append(Prompt(pair.row, pair.question, pair.answer, ids[:prompt].tolist()))
+        check_token_ids(params.val_generate_params, self.model, "model_params.val_generate_params")
         longest = max(len(prompt.input_ids) for prompt in prompts)
         context = context_length(self.model.model)
         new = params.val_generate_params.max_new_tokens
@@ -292,9 +305,15 @@ class Run:
             self.device.scaler.load_state_dict(stored["scaler"])
             self.device.set_rng_state(stored["rng"])
             size = int(stored["metrics_size"])
+            before = stored["config"]["trainer"]["checkpoint"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a trainer state of this version: {error!r}") from None
+        now = self.config.trainer.checkpoint
         same_run = path.resolve().parent == self.directory.resolve()
+        if not same_run or (before["log_obg"], before["mode"]) != (now.log_obg, now.mode):
+            self.state.best_value, self.state.best_step = None, 0  # of another run, or measure
+        if not same_run:
+            self.state.wandb_id = uuid.uuid4().hex[:8]
         return size if same_run else 0
 
     def _open_records(self, metrics_size: int) -> None:
@@ -313,10 +332,9 @@ class Run:
             "device": self.device.describe(),
             "precision": self.params.precision,
             "data_sha256": self.identity["data"],
-            "train": asdict(self.train_counts),
-            self.val_split if self.val_split != "train" else "held_out": asdict(
-                self.val_samples.counts
-            ),
+            "samples": {"train": len(self.samples), "val": len(self.val_samples)},
+            "truncation": {"train": asdict(self.train_counts)}
+            | ({"val": asdict(self.val_samples.counts)} if self.val_split == "val" else {}),
             **self.overlap,
         }
         (self.directory / "run.json").write_text(json.dumps(record, indent=1))
@@ -390,7 +408,9 @@ class Run:
         if self.finished():
             return True
         if isinstance(interval, int):
-            return state.global_step > 0 and state.global_step % interval == 0
+            # A skipped step moves the position and not the step, which is validated already.
+            new = state.global_step > state.validated_step
+            return new and state.global_step % interval == 0
         every = max(1, int(self.steps_per_epoch * interval))
         in_epoch = (state.position - 1) % self.steps_per_epoch + 1
         return in_epoch % every == 0
@@ -398,7 +418,7 @@ class Run:
     def checkpoint_due(self) -> bool:
         every = self.config.trainer.checkpoint.every_n_train_steps
         step = self.state.global_step
-        return step > 0 and step % every == 0 and self.saved_at != self._moment()
+        return step % every == 0 and step > self.saved_step
 
     def _moment(self) -> tuple[int, int]:
         """What a checkpoint stands for: after which step, and after which validation."""
@@ -423,10 +443,9 @@ class Run:
         """This rank's share of a step's samples, collated."""
         size, device = self.config.data.batch_size, self.device
         parts = micro_batches(rows, size, self.samples.lengths, device.rank, device.world_size)
-        shape = (size, self.config.data.max_length) if self.config.data.on_tpu else None
-        packed = self.model.packs and shape is None and not self.params.compile
+        shape = static_shape(self.config)
         for part in parts:
-            batch = collate(self.samples, part, static_shape=shape, packed=packed)
+            batch = collate(self.samples, part, static_shape=shape, packed=self.model.packs)
             if self.model.prefix_cache is not None:
                 batch.prefix = self.model.prefix_cache.gather(batch)
             yield batch
@@ -458,7 +477,7 @@ class Run:
             state.global_step, loss=f"{mean:.4f}", lr=f"{rate:.2e}", tokens_s=f"{speed:,.0f}"
         )
         due = state.global_step % self.params.log_every_n_steps == 0 or self.finished()
-        if result.applied and due:
+        if state.window_targets and due and (result.applied or self.finished()):
             self._log(result, rate)
 
     def _check_health(self, result: StepResult, rows: np.ndarray) -> None:
@@ -525,9 +544,24 @@ class Run:
             return
         batches = None if count < 0 else count
         size = self.config.data.batch_size
-        result = summed_loss(self.model, self.val_samples, self.device, size, should_stop, batches)
-        if result is not None:
-            self.console.say(f"sanity    validation loss {result[0] / result[1]:.4f}")
+        result = summed_loss(
+            self.model,
+            self.val_samples,
+            self.device,
+            size,
+            should_stop,
+            static_shape(self.config),
+            batches,
+        )
+        if result is None:
+            return
+        loss = result[0] / max(1, result[1])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"sanity validation: the loss before the first step is {loss}, not a number; "
+                f"look at the weights of {self.config.model_name} and at trainer.params.precision"
+            )
+        self.console.say(f"sanity    validation loss {loss:.4f}")
 
     def validate(self, should_stop: Callable[[], bool]) -> bool:
         """Validate, log it, and keep the model if it is the best; false if it was stopped."""
@@ -545,7 +579,7 @@ class Run:
             return False
         values, records = result
         state, chosen = self.state, self.config.trainer.checkpoint
-        state.validated_at = state.position
+        state.validated_at, state.validated_step = state.position, state.global_step
         epoch = round(state.position / self.steps_per_epoch, 4)
         self.metrics.write({"step": state.global_step, "epoch": epoch, **values})
         if self.wandb:
@@ -560,6 +594,8 @@ class Run:
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
+            if self.saved_at is None:  # never only a best/, which cannot be resumed
+                self.save()
         shown = "  ".join(
             f"{short} {values[name]:.{digits}f}"
             for name, short, digits in SHOWN_METRICS
@@ -595,9 +631,9 @@ class Run:
             checkpoint.step_name(self.state.global_step),
             lambda directory: torch.save(contents, directory / checkpoint.STATE),
         )
-        self.saved_at = self._moment()
+        self.saved_at, self.saved_step = self._moment(), self.state.global_step
         keep = self.config.trainer.checkpoint.save_top_k
-        checkpoint.rotate(self.directory, keep, self.resumed_from)
+        checkpoint.rotate(self.directory, keep, {path, self.resumed_from or path})
         self.console.say(f"saved {path} in {duration(time.monotonic() - began)}")
         spent = time.monotonic() - began
         self.started += spent
@@ -609,7 +645,7 @@ class Run:
             "prompt_template": self.config.data.prompt_template,
             "model_name": self.config.model_name,
             "global_step": self.state.global_step,
-            self.config.trainer.checkpoint.log_obg: self.state.best_value,
+            f"best_{self.config.trainer.checkpoint.log_obg}": self.state.best_value,
         }
 
         def write(directory: Path) -> None:
@@ -621,15 +657,23 @@ class Run:
         return checkpoint.save(self.directory, name, write)
 
     def finish(self, stopped_by: int | None) -> int:
-        """Save, close the records, say how to go on; the exit code."""
+        """Save what is not saved yet and say how to go on; the exit code."""
         if self.saved_at != self._moment() and self.state.position > 0:
             self.save()
-        self.metrics.close()
         self.console.close()
-        say, state, chosen = self.console.say, self.state, self.config.trainer.checkpoint
+        return self._farewell(stopped_by)
+
+    def close(self) -> None:
+        """End the records, however the run ended."""
+        self.console.close()
+        self.metrics.close()
         if self.wandb:
             self.wandb.summary({"best_checkpoint": str(self.directory / "best")})
             self.wandb.finish()
+
+    def _farewell(self, stopped_by: int | None) -> int:
+        """The last lines; the exit code."""
+        say, state, chosen = self.console.say, self.state, self.config.trainer.checkpoint
         if stopped_by is not None and state.position == 0:
             say("stopped before the first step; there is nothing to go on from")
             return 128 + stopped_by
@@ -656,11 +700,11 @@ class Run:
 
 def _command(resume: bool = False) -> str:
     """The command line of this process, without secrets."""
-    words = [w for w in sys.argv if not w.startswith("wandb.api=")]
+    words = [w for w in sys.argv if not w.startswith(("wandb=", "wandb.api="))]
     if resume:
         words = [w for w in words if not w.startswith("trainer.ckpt_path=")]
         words.append("trainer.ckpt_path=last")
-    return " ".join(["python", *words])
+    return shlex.join(["python", *words])
 
 
 def _git_commit() -> str | None:

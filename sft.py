@@ -16,14 +16,18 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from config import TestConfig, TrainConfig, UserError, load
+
+if TYPE_CHECKING:
+    from run import Run
 
 INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's number
 
 
 class Stop:
-    """Remembers that SIGINT or SIGTERM asked to stop; a second one ends the process at once."""
+    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -31,6 +35,8 @@ class Stop:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGTERM:
+            return  # batch systems repeat it; whoever is in a hurry has SIGINT and SIGKILL
         if self.signal is not None:
             os._exit(INTERRUPTED + number)
         self.signal = number
@@ -48,9 +54,17 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
     Raises:
         UserError: anything wrong with configuration, data, model, checkpoint or disk.
     """
-    from run import Run  # torch comes with it, and takes two seconds
+    from run import Run  # here, because torch comes with it and takes two seconds
 
     run = Run(config, quiet)
+    try:
+        return loop(run, stop)
+    finally:
+        run.close()
+
+
+def loop(run: Run, stop: Stop) -> int:
+    """Optimizer steps until the run is finished or stopped; returns the exit code."""
     model, samples, device = run.model, run.samples, run.device
     run.sanity_check(stop.requested)
 
@@ -116,7 +130,9 @@ def main(argv: list[str]) -> int:
         return test(testing, Stop(), arguments.quiet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # a disk that is full or gone, a directory that is not ours
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:

@@ -93,8 +93,9 @@ class Metrics:
         return self.handle.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        self.sync()
-        self.handle.close()
+        if not self.handle.closed:
+            self.sync()
+            self.handle.close()
 
 
 class WandbWriter:
@@ -154,7 +155,10 @@ class WandbWriter:
                     run.summary.update(content)
             except Exception as error:
                 self.console.warn(f"W&B: {type(error).__name__}: {_line(error)}")
-        run.finish()
+        try:
+            run.finish()
+        except Exception as error:
+            self.console.warn(f"W&B: {type(error).__name__}: {_line(error)}")
 
     def _start(self) -> tuple[Any, Any]:
         settings, directory, config, run_id, job_type = self.arguments

@@ -101,10 +101,20 @@ def test_rotation_spares_what_it_must(finished: dict[str, Any], tmp_path: Path) 
     mine = run / "step-000000"
     mine.mkdir()
     (mine / "letter.txt").write_text("not ours")
-    checkpoint.rotate(run, keep=2, protect=run / "step-000001")
+    checkpoint.rotate(run, keep=2, protect={run / "step-000001"})
     names = {p.name for p in run.iterdir() if p.is_dir()}
     kept = {"step-000012", "step-000010", "step-000001", "step-000003", "step-000000"}
     assert names == kept | {"best", "step-notes"}
+
+
+def test_the_checkpoint_just_written_survives_a_damaged_newer_one(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    """A flipped byte leaves the sizes right, so rotation takes step 12 for good."""
+    flip_a_byte(tmp_path / "run" / "step-000012")
+    overrides = ["trainer.checkpoint.save_top_k=1", "trainer.params.max_steps=11"]
+    assert train(finished, "trainer.ckpt_path=last", *overrides) == 0
+    checkpoint.verify(tmp_path / "run" / "step-000011")
 
 
 def test_the_checkpoint_resumed_from_survives_its_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def test_a_signal_saves_and_says_how_to_resume(
     ]
     assert newest(tmp_path / "run").name == checkpoint.step_name(logged[-1]["step"])
     # The line is a command that works as it stands.
-    words = command.split()[2:]
+    words = shlex.split(command)[2:]
     assert process(*words, "trainer.params.max_epochs=1").returncode == 0
 
 
@@ -192,12 +193,13 @@ def test_a_second_signal_stops_at_once(
     child = started(config)
     wait_for_steps(tmp_path / "run")
     os.kill(child.pid, signal.SIGSTOP)  # so that both signals are there before it goes on
+    before = checkpoint.steps(tmp_path / "run")
     child.send_signal(signal.SIGTERM)
     child.send_signal(signal.SIGINT)
     os.kill(child.pid, signal.SIGCONT)
     child.communicate(timeout=30)
     assert child.returncode in (130, 143)
-    assert not list((tmp_path / "run").glob("step-*"))
+    assert checkpoint.steps(tmp_path / "run") == before
 
 
 def poison(monkeypatch: Any, steps: set[int], what: str) -> None:
@@ -245,6 +247,32 @@ def test_a_bad_step_never_reaches_weights_or_schedule(
     assert all(s["step"] == 10 for s in state["optimizer"]["state"].values())
     for tensor in state["optimizer"]["state"][0].values():
         assert torch.isfinite(tensor).all()
+
+
+def test_a_skipped_step_validates_and_saves_nothing_twice(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    config = train_config(
+        model_dirs["gpt2"],
+        data_file,
+        tmp_path / "run",
+        trainer__params__val_check_interval=2,
+        trainer__checkpoint__every_n_train_steps=2,
+    )
+    written: list[str] = []
+    original = checkpoint.save
+
+    def recording(run: Path, name: str, write: Any) -> Path:
+        written.append(name)
+        return original(run, name, write)
+
+    monkeypatch.setattr(checkpoint, "save", recording)
+    poison(monkeypatch, {3, 4, 7}, "loss")  # twice after step 2, once after step 4
+    assert train(config) == 0
+    steps = [line["step"] for line in metrics_of(tmp_path / "run") if "val_loss" in line]
+    assert steps == [2, 4, 6, 8, 9]
+    names = [name for name in written if name != "best"]
+    assert names == [checkpoint.step_name(step) for step in (2, 4, 6, 8, 9)]
 
 
 def test_too_many_bad_steps_stop_the_run_and_name_the_samples(
@@ -316,6 +344,11 @@ def test_the_key_appears_in_no_file_and_no_line(
     assert any("wandb" in str(p) for p in files)
     for file in files:
         assert SECRET.encode() not in file.read_bytes(), file
+    again = [f"wandb={{api: {SECRET}}}", "trainer.ckpt_path=last", "trainer.params.max_steps=3"]
+    result = process("train", path, *again, env=environment)
+    assert result.returncode == 0 and SECRET not in result.stdout + result.stderr
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or file == path or SECRET.encode() not in file.read_bytes(), file
     for wrong in (f"wandb.api={SECRET}", "wandb.args.nme=1"):
         result = process(
             "train", path, wrong, "data.batch_size=x", "wandb.api=[1]", env=environment

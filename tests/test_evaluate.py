@@ -317,6 +317,59 @@ def test_several_models_are_compared_with_the_first(
     assert cli("test") == 2
 
 
+def test_logs_with_every_kind_of_line_end_can_be_compared(
+    model_dirs: Any, tmp_path: Path, capsys: Any
+) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"test": [{"Question": "a\u2028b\x85c", "Answer": "d\re"}]}))
+    config = config_of(model_dirs["gpt2"], data, tmp_path / "log.jsonl")
+    assert run_test(config) == 0
+    assert cli("test", "--compare", tmp_path / "log.jsonl", tmp_path / "log.jsonl") == 0
+    (tmp_path / "rows.jsonl").write_text('{"Question": "a"}\n')
+    assert cli("test", "--compare", tmp_path / "log.jsonl", tmp_path / "rows.jsonl") == 2
+    assert "not a log of answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+def test_padding_beyond_the_context_harms_nothing(
+    kind: str, model_dirs: Any, data_file: Path, tmp_path: Path
+) -> None:
+    texts = []
+    for side in ("left", "right"):
+        for length in (48, 1000):
+            config = config_of(
+                model_dirs[kind],
+                data_file,
+                tmp_path / f"{side}-{length}.jsonl",
+                data__padding=True,
+                data__padding_side=side,
+                data__max_prompt_length=length,
+            )
+            assert run_test(config) == 0
+            texts.append([r["generated"] for r in log_of(config)])
+    assert texts[1:] == texts[:-1]
+
+
+def test_the_keys_of_speed_reach_the_engine(
+    base: dict[str, Any], monkeypatch: Any, tmp_path: Path
+) -> None:
+    import evaluate
+
+    seen: list[dict[str, Any]] = []
+    original = evaluate.generate
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", spy)
+    changes = ["data.padding=true", "data.padding_side=right", "test_params.batch_size=5"]
+    assert run_test(base, *changes, "test_params.use_cache=false", "test_params.save_steps=7") == 0
+    assert len(seen) == 1
+    assert seen[0]["pad_to"] == 48 and seen[0]["padding_side"] == "right"
+    assert seen[0]["batch_size"] == 5 and seen[0]["use_cache"] is False
+
+
 def test_untrained_weights_need_to_be_asked_for(
     base: dict[str, Any], model_dirs: Any, tmp_path: Path, capsys: Any
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
 from model import (
     AnswerModel,
-    fingerprint,
+    architecture,
     learning_rate,
     load_model,
     make_optimizer,
@@ -269,6 +271,64 @@ def test_warm_up_is_a_share_below_one_and_a_percentage_from_one() -> None:
     assert warmup_steps(100, 200) == 200
 
 
-def test_the_fingerprint_is_the_architecture(model_dirs: dict[str, Path]) -> None:
-    prints = {kind: fingerprint(load_model(str(model_dirs[kind]))[0]) for kind in KINDS}
+def test_the_architecture_tells_models_apart_and_not_places(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    prints = {kind: architecture(str(model_dirs[kind])) for kind in KINDS}
     assert len(set(prints.values())) == len(KINDS)
+    shutil.copytree(model_dirs["llama"], tmp_path / "moved")
+    assert architecture(str(tmp_path / "moved")) == prints["llama"]
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["num_hidden_layers"] += 1
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    assert architecture(str(tmp_path / "moved")) != prints["llama"]
+
+
+def test_weights_that_are_there_are_never_thrown_away(model_dirs: dict[str, Path]) -> None:
+    plain, _ = load_model(str(model_dirs["gpt2"]))
+    model, remarks = load_model(str(model_dirs["gpt2"]), from_scratch=True)
+    assert remarks == []
+    for p, q in zip(plain.parameters(), model.parameters()):
+        assert torch.equal(p, q)
+    with pytest.raises(UserError, match="set it to false"):
+        load_model("some/hub-model", from_scratch=True)
+
+
+def test_code_that_comes_with_a_model_is_never_run(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "custom"
+    shutil.copytree(model_dirs["gpt2"], path)
+    config = json.loads((path / "config.json").read_text())
+    config |= {
+        "model_type": "custom",
+        "auto_map": {
+            "AutoConfig": "custom.CustomConfig",
+            "AutoModelForCausalLM": "custom.CustomModel",
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_validation_takes_no_gradient_of_the_head(
+    model_dirs: dict[str, Path], tokenizer: Any, monkeypatch: Any
+) -> None:
+    model = AnswerModel(load_model(str(model_dirs["gpt2"]))[0])
+    batch = collate(samples_of(tokenizer), np.arange(4))
+    calls = [0]
+    original = torch.Tensor.scatter_add_
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", counting)
+    with torch.no_grad():
+        model(batch)
+    assert calls[0] == 0
+    model(batch)
+    assert calls[0] == 1

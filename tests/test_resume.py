@@ -224,6 +224,55 @@ def test_what_would_change_the_meaning_of_the_state_is_refused(
     assert after == before
 
 
+def test_another_model_is_refused(
+    stopped: dict[str, Any], model_dirs: dict[str, Path], capsys: Any
+) -> None:
+    other = f"model_name={model_dirs['gpt2']}"
+    assert train(stopped, "trainer.ckpt_path=last", other) == 2
+    assert "model: the checkpoint has" in capsys.readouterr().err
+
+
+def test_another_measure_of_the_best_starts_anew(stopped: dict[str, Any], tmp_path: Path) -> None:
+    overrides = [
+        "trainer.checkpoint.log_obg=val_token_f1",
+        "trainer.checkpoint.mode=max",
+        "model_params.do_compute_metrics=true",
+        "model_params.val_generate_params.max_new_tokens=3",
+    ]
+    assert train(stopped, "trainer.ckpt_path=last", *overrides) == 0
+    details = json.loads((tmp_path / "run" / "best" / "sft.json").read_text())
+    assert details["best_val_token_f1"] <= 1 and details["global_step"] > 5
+
+
+def test_a_branch_has_a_best_and_a_wandb_run_of_its_own(
+    stopped: dict[str, Any], tmp_path: Path
+) -> None:
+    assert train(stopped, "trainer.ckpt_path=last") == 0
+    branch = f"trainer.checkpoint.dirpath={tmp_path / 'branch'}"
+    older = f"trainer.ckpt_path={tmp_path / 'run' / 'step-000005'}"
+    assert train(stopped, older, branch) == 0
+    assert (tmp_path / "branch" / "best" / "model.safetensors").exists()
+    ids = {
+        torch.load(newest(tmp_path / run) / "trainer_state.pt", weights_only=True)["state"][
+            "wandb_id"
+        ]
+        for run in ("run", "branch")
+    }
+    assert len(ids) == 2
+
+
+def test_two_processes_do_not_train_in_one_directory(
+    stopped: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    import checkpoint
+
+    held = checkpoint.lock(tmp_path / "run")
+    assert train(stopped, "trainer.ckpt_path=last") == 2
+    assert "another process is training in this directory" in capsys.readouterr().err
+    held.close()
+    assert train(stopped, "trainer.ckpt_path=last") == 0
+
+
 def test_another_data_file_is_refused(
     stopped: dict[str, Any], data_file: Path, capsys: Any
 ) -> None:

@@ -177,7 +177,9 @@ def test_every_run_keeps_what_it_was_made_with(
     config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
     assert cli("train", write_yaml(tmp_path / "c.yaml", config), "--quiet") == 0
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["train"]["kept"] == 22 and record["val"]["kept"] == 6
+    assert record["samples"] == {"train": 22, "val": 6}
+    assert record["truncation"]["train"]["kept"] == 22
+    assert record["truncation"]["val"]["kept"] == 6
     assert len(record["data_sha256"]) == 64 and record["packages"]["torch"]
     assert record["device"].startswith("cpu")
 
