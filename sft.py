@@ -41,7 +41,7 @@ class Stop:
             os._exit(INTERRUPTED + number)
         self.signal = number
         name = signal.Signals(number).name
-        message = f"\n{name}: stopping after this step; once more stops at once\n"
+        message = f"\n{name}: stopping after this step; Ctrl-C once more stops at once\n"
         os.write(sys.stderr.fileno(), message.encode())
 
     def requested(self) -> bool:
