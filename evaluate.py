@@ -39,7 +39,15 @@ from transformers.cache_utils import DynamicLayer
 import checkpoint
 import metrics
 import report
-from config import DEFAULT_TEMPLATE, GenerateParams, TestConfig, TrainConfig, UserError, resolved
+from config import (
+    DEFAULT_TEMPLATE,
+    GenerateParams,
+    TestConfig,
+    TrainConfig,
+    UserError,
+    compact,
+    resolved,
+)
 from data import DataSource, Encoder, Prompt, Samples, collate, pad_prompts, prepare_inference
 from device import Device
 from model import (
@@ -574,6 +582,7 @@ def test_model(
     )
     model = AnswerModel(plain.to(device.torch_device)).eval()
     check_token_ids(config.generate_params, model, "generate_params")
+    console.say(compact(config) + "\n")
     console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
     for remark in remarks:
         console.say(f"          {remark}")

@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 import freeze
-from config import TrainConfig, UserError, resolved, to_yaml
+from config import TrainConfig, UserError, compact, resolved, to_yaml
 from data import (
     Batch,
     DataSource,
@@ -352,6 +352,7 @@ class Run:
     def _announce(self) -> None:
         """What will run, before it runs."""
         say, params, config = self.console.say, self.params, self.config
+        say(compact(config) + "\n")
         model = self.model.model
         kinds = freeze.report(model)
         total, trained = sum(k[1] for k in kinds), sum(k[2] for k in kinds)
