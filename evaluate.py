@@ -856,13 +856,13 @@ def compare(logs: list[Path], seed: int) -> str:
         except ValueError as error:
             raise UserError(f"{logs[0]} and {name[3:]} cannot be compared: {error}") from None
         parts.append(
-            f"{'metric':<14}{'A':>9}{letter:>9}{letter + ' - A':>10}   95 % interval        p"
+            f"{'metric':<14}{'A':>9}{letter:>9}{letter + ' - A':>11}   95 % interval        p"
         )
         for metric, entry in differences.items():
             interval = f"{entry['low']:+.4g} to {entry['high']:+.4g}"
             parts.append(
                 f"{metric:<14}{entry['value_a']:>9.4g}{entry['value_b']:>9.4g}"
-                f"{entry['difference']:>+10.4g}   {interval:<20} {entry['p']:.3f}"
+                f"{entry['difference']:>+11.4g}   {interval:<20} {entry['p']:.3f}"
             )
         for kind in ("better", "worse"):
             parts.append(

@@ -84,7 +84,7 @@ def loop(run: Run, stop: Stop) -> int:
         for batch in device.feed(run.micro_batches(rows)):
             with device.autocast():
                 summed = model(batch)
-            device.backward(summed / targets)
+            device.backward(summed / max(1, targets))
             loss += summed.detach()
         rate = run.set_learning_rate()
         result = device.step(run.optimizer, run.trainable, run.clip, loss)
