@@ -290,9 +290,10 @@ class Run:
         began = time.monotonic()
         cache.fill(self.samples, self.device, self.directory if where == "disk" else None)
         self.model.prefix_cache = cache
+        place = "on disk" if where == "disk" else "in memory"
         self.remarks.append(
             f"{cache.depth} frozen blocks run once for all epochs: {len(self.samples):,} samples "
-            f"in {duration(time.monotonic() - began)}, kept in {where}"
+            f"in {duration(time.monotonic() - began)}, kept {place}"
         )
 
     def _restore(self, path: Path) -> int:
