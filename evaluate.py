@@ -494,7 +494,7 @@ def validate(
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [describe(answer, encoder, texts=True) for answer in answers]
     summary = metrics.summarize(records, seed=config.seed, resamples=0)
-    values |= {f"val_{n.removeprefix('val_')}": summary[n]["value"] for n in SCORES}
+    values |= {f"val_{n}": summary[n]["value"] for n in SCORES}
     return values, records
 
 

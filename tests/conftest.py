@@ -26,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import checkpoint
 import sft
 
 torch.set_num_threads(1)
@@ -190,3 +191,16 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
 
 def newest(run: Path) -> Path:
     return sorted(run.glob("step-*"))[-1]
+
+
+def record_saves(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the directories that checkpoints are written to from now on, in order."""
+    written: list[str] = []
+    original = checkpoint.save
+
+    def recording(run: Path, name: str, write: Any) -> Path:
+        written.append(name)
+        return original(run, name, write)
+
+    monkeypatch.setattr(checkpoint, "save", recording)
+    return written

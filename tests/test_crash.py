@@ -23,6 +23,7 @@ from conftest import (
     metrics_of,
     newest,
     process,
+    record_saves,
     rows,
     train,
     train_config,
@@ -256,14 +257,7 @@ def test_a_skipped_step_validates_and_saves_nothing_twice(
         trainer__params__val_check_interval=2,
         trainer__checkpoint__every_n_train_steps=2,
     )
-    written: list[str] = []
-    original = checkpoint.save
-
-    def recording(run: Path, name: str, write: Any) -> Path:
-        written.append(name)
-        return original(run, name, write)
-
-    monkeypatch.setattr(checkpoint, "save", recording)
+    written = record_saves(monkeypatch)
     poison(monkeypatch, {3, 4, 7}, "loss")  # twice after step 2, once after step 4
     assert train(config) == 0
     steps = [line["step"] for line in metrics_of(tmp_path / "run") if "val_loss" in line]

@@ -13,7 +13,17 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from config import TrainConfig, from_dict
-from conftest import cli, metrics_of, newest, rows, train, train_config, weights_of, write_yaml
+from conftest import (
+    cli,
+    metrics_of,
+    newest,
+    record_saves,
+    rows,
+    train,
+    train_config,
+    weights_of,
+    write_yaml,
+)
 from data import Encoder, Pair, prepare_train
 from run import Run
 
@@ -502,15 +512,7 @@ def test_the_first_best_model_comes_with_a_checkpoint(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """So that a run killed between the two can go on."""
-    written: list[str] = []
-    import checkpoint
-
-    original = checkpoint.save
-    monkeypatch.setattr(
-        checkpoint,
-        "save",
-        lambda run, name, write: (written.append(name), original(run, name, write))[1],
-    )
+    written = record_saves(monkeypatch)
     config = train_config(
         model_dirs["gpt2"], data_file, tmp_path / "run", trainer__params__val_check_interval=2
     )
