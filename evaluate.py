@@ -48,8 +48,17 @@ from config import (
     compact,
     resolved,
 )
-from data import DataSource, Encoder, Prompt, Samples, collate, pad_prompts, prepare_inference
-from device import Device
+from data import (
+    DataSource,
+    Encoder,
+    Prompt,
+    Samples,
+    collate,
+    micro_batches,
+    pad_prompts,
+    prepare_inference,
+)
+from device import Device, open_device
 from model import (
     AnswerModel,
     check_fits,
@@ -404,26 +413,27 @@ def summed_loss(
 ) -> tuple[float, int] | None:
     """(summed loss, number of targets) over samples, longest first; None if stopped.
 
-    The quotient of the two is the validation loss; it does not depend on the batch size.
+    The quotient of the two is the validation loss; it does not depend on the batch size. The
+    ranks share the samples, and all of them get the sums over all.
+
+    Args:
+        shape: (B, T) that every batch is padded to; None: to its longest sample.
+        max_batches: of each rank.
     """
+    ranks = device.ranks
     order = np.argsort(-samples.lengths, kind="stable")
-    starts = range(0, len(order), batch_size)
-    batches = [order[i : i + batch_size] for i in starts][:max_batches]
-    total, targets = torch.zeros((), dtype=torch.float64), 0
+    if max_batches is not None:
+        order = order[: max_batches * batch_size * ranks.world_size]
+    parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
+    total = device.zero()
     with torch.no_grad(), _evaluating(model):
-        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in batches)
-        for batch in device.feed(made):
-            if should_stop():
+        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
+        for batch, _ in device.feed(made):
+            if ranks.any(should_stop()):
                 return None
             with device.autocast():
-                total += model(batch).cpu().double()
-            targets += int(samples.target_lengths[batch.rows].sum())
-    return float(total), targets
-
-
-def static_shape(config: TrainConfig) -> tuple[int, int] | None:
-    """(B, T) that every batch is padded to with `data.on_tpu`, else None."""
-    return (config.data.batch_size, config.data.max_length) if config.data.on_tpu else None
+                total += model(batch)
+    return float(ranks.add(total)), int(samples.target_lengths[order].sum())
 
 
 def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:
@@ -461,25 +471,26 @@ def validate(
     encoder: Encoder,
     config: TrainConfig,
     device: Device,
+    shape: tuple[int, int] | None,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
     """Validation metrics, and the answered `prompts` with their scores; None if stopped.
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    size, shape = config.data.batch_size, static_shape(config)
-    result = summed_loss(model, samples, device, size, should_stop, shape)
+    result = summed_loss(model, samples, device, config.data.batch_size, should_stop, shape)
     if result is None:
         return None
     loss = result[0] / result[1]
     values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
     if not prompts:
         return values, []
+    ranks = device.ranks
     with _evaluating(model):
-        answers = list(
+        own = list(
             generate(
                 model,
-                prompts,
+                prompts[ranks.rank :: ranks.world_size],
                 config.model_params.val_generate_params,
                 device,
                 eos=encoder.eos,
@@ -489,6 +500,7 @@ def validate(
                 should_stop=should_stop,
             )
         )
+    answers = [answer for part in ranks.gather(own) for answer in part]
     if len(answers) < len(prompts):
         return None
     answers.sort(key=lambda answer: answer.prompt.row)
@@ -522,24 +534,30 @@ def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- the test run
 
 
-def test(config: TestConfig, console: Console, should_stop: Callable[[], bool]) -> bool:
+def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bool:
     """Test one model, or several and compare them; false if it was stopped."""
+    device = open_device("cuda" if config.cuda else "cpu", key="cuda")
+    console = Console(quiet=quiet, silent=device.ranks.rank > 0)
     paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
-    if not isinstance(paths, list):
-        return test_model(config, paths, log, console, should_stop)
-    logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
-    for path, one in zip(paths, logs):
-        if not test_model(config, path, one, console, should_stop):
-            return False
-        console.say()
-    console.say(compare(logs, config.seed))
-    return True
+    try:
+        if not isinstance(paths, list):
+            return test_model(config, paths, log, device, console, should_stop)
+        logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
+        for path, one in zip(paths, logs):
+            if not test_model(config, path, one, device, console, should_stop):
+                return False
+            console.say()
+        console.say(compare(logs, config.seed))
+        return True
+    finally:
+        device.ranks.close()
 
 
 def test_model(
     config: TestConfig,
     path: str | None,
     log_file: Path,
+    device: Device,
     console: Console,
     should_stop: Callable[[], bool],
 ) -> bool:
@@ -552,7 +570,6 @@ def test_model(
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    device = Device("cuda" if config.cuda else "cpu", key="cuda")
     place = find_model(path or config.model_name, console)
     about = checkpoint.details(place) if isinstance(place, Path) else {}
     template = about.get("prompt_template", config.data.prompt_template or DEFAULT_TEMPLATE)
@@ -592,7 +609,8 @@ def test_model(
         f"longest prompt {longest} tokens"
     )
     log = AnswerLog(log_file, identity(config, place, source, template))
-    records = log.open(len(prompts), config.test_params.save_steps)
+    ranks = device.ranks
+    records = ranks.first(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
         console.say(f"resume    {len(records)} of {len(prompts)} answers are there already")
     console.say(f"answers   {log.path}")
@@ -606,7 +624,7 @@ def test_model(
                 "same command goes on from there"
             )
             return False
-        log.append(done)
+        ranks.first(lambda done=done: log.append(done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
         spent = time.monotonic() - started
@@ -615,6 +633,8 @@ def test_model(
             f"{len(records):6,} of {len(prompts):,} answers, {tokens / spent:,.0f} tokens/s, "
             f"{duration(left)} left"
         )
+    if ranks.rank > 0:
+        return True
     summary = metrics.summarize(records, seed=config.seed)
     log.write_summary(summary, len(records))
     title = f"{place} on {config.data.data_dir} [{config.data.split}]"
@@ -640,11 +660,16 @@ def answer_window(
     device: Device,
     should_stop: Callable[[], bool],
 ) -> list[dict[str, Any]] | None:
-    """The finished log records of `prompts`, in their order; None if stopped before the end."""
+    """The finished log records of `prompts`, in their order; None if stopped before the end.
+
+    The ranks share the prompts; the records of all are on every rank.
+    """
+    ranks = device.ranks
+    own = prompts[ranks.rank :: ranks.world_size]
     answers = list(
         generate(
             model,
-            prompts,
+            own,
             config.generate_params,
             device,
             eos=encoder.eos,
@@ -656,16 +681,17 @@ def answer_window(
             should_stop=should_stop,
         )
     )
-    if len(answers) < len(prompts):
+    if ranks.any(len(answers) < len(own)):
         return None
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [
         describe(answer, encoder, texts=config.test_params.do_compute_metrics) for answer in answers
     ]
-    references = reference_losses(model, encoder, prompts, device, config.test_params.batch_size)
+    references = reference_losses(model, encoder, own, device, config.test_params.batch_size)
     for record, (loss, count) in zip(records, references):
         record |= {"reference_nll": round(loss, 6), "reference_tokens": count}
-    return records
+    everyone = [record for part in ranks.gather(records) for record in part]
+    return sorted(everyone, key=lambda record: record["row"])
 
 
 def reference_losses(
@@ -693,7 +719,7 @@ def reference_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
     order = np.argsort(-samples.lengths, kind="stable")
     batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    for batch in device.feed(collate(samples, rows) for rows in batches):
+    for batch, _ in device.feed(collate(samples, rows) for rows in batches):
         losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
         for row, part in zip(batch.rows, losses.split(counts)):

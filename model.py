@@ -493,9 +493,14 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
-def export(model: PreTrainedModel, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+def export(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer."""
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 
