@@ -64,7 +64,8 @@ class Ranks:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         if self.world_size > 1 and not distributed.is_initialized():
-            # gloo carries what the host decides, whatever carries the gradients.
+            # gloo carries what the host decides, whatever carries the gradients. The group is never
+            # destroyed: its destructor may wait for a thread that waits for Python's lock.
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
             distributed.init_process_group(backend)
 
@@ -121,10 +122,6 @@ class Ranks:
         finally:
             if self.local_rank == 0:
                 self.any(False)
-
-    def close(self) -> None:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def lost_rank(error: BaseException) -> bool:

@@ -539,18 +539,16 @@ def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bo
     device = open_device("cuda" if config.cuda else "cpu", key="cuda")
     console = Console(quiet=quiet, silent=device.ranks.rank > 0)
     paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
-    try:
-        if not isinstance(paths, list):
-            return test_model(config, paths, log, device, console, should_stop)
-        logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
-        for path, one in zip(paths, logs):
-            if not test_model(config, path, one, device, console, should_stop):
-                return False
-            console.say()
+    if not isinstance(paths, list):
+        return test_model(config, paths, log, device, console, should_stop)
+    logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
+    for path, one in zip(paths, logs):
+        if not test_model(config, path, one, device, console, should_stop):
+            return False
+        console.say()
+    if device.ranks.rank == 0:
         console.say(compare(logs, config.seed))
-        return True
-    finally:
-        device.ranks.close()
+    return True
 
 
 def test_model(

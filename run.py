@@ -621,8 +621,6 @@ class Run:
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
-            if self.saved_at is None:  # never only a best/, which cannot be resumed
-                self.save()
         shown = "  ".join(
             f"{short} {values[name]:.{digits}f}"
             for name, short, digits in SHOWN_METRICS
@@ -638,6 +636,8 @@ class Run:
             )
         self.window_started += time.monotonic() - began  # not training time
         self.started += time.monotonic() - began
+        if state.best_value is not None and self.saved_at is None:
+            self.save()  # never only a best/, which cannot be resumed
         return True
 
     def save(self) -> Path:
@@ -701,7 +701,6 @@ class Run:
         if self.wandb:
             self.wandb.summary({"best_checkpoint": str(self.directory / "best")})
             self.wandb.finish()
-        self.ranks.close()
 
     def _farewell(self, stopped_by: int | None) -> int:
         """The last lines; the exit code."""
