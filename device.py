@@ -106,7 +106,7 @@ class Ranks:
                 outcome[1] = error
         distributed.broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise outcome[1] if self.rank == 0 else SystemExit(2)
+            raise outcome[1] if self.rank == 0 else UserError("")
         return outcome[0]
 
     @contextmanager
@@ -134,9 +134,11 @@ class Device:
     """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
 
     static_shapes: every batch must have the same shape, because each new one is compiled.
+    lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
     """
 
     static_shapes = False
+    lockstep = False
 
     def __init__(self, kind: str, precision: str = "32-true") -> None:
         """
@@ -198,6 +200,7 @@ class Device:
             return DistributedDataParallel(
                 model, gradient_as_bucket_view=True, broadcast_buffers=False
             )
+        self.lockstep = True
         mesh = init_device_mesh(self.kind, (self.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -215,13 +218,19 @@ class Device:
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = now
 
+    def together(self, busy: bool) -> bool:
+        """Whether to run another forward pass: in lockstep, as long as any rank has work."""
+        return self.ranks.any(busy) if self.lockstep else busy
+
     def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict in host memory, whole tensors; every rank must ask for it.
 
         Names that share a tensor still share it.
         """
         named = model.state_dict(keep_vars=True)
-        whole = {id(tensor): _whole(tensor) for tensor in {id(t): t for t in named.values()}.values()}
+        whole = {
+            id(tensor): _whole(tensor) for tensor in {id(t): t for t in named.values()}.values()
+        }
         return {name: whole[id(tensor)] for name, tensor in named.items()}
 
     def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

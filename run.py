@@ -40,7 +40,8 @@ from data import (
     numbered,
 )
 from device import StepResult, open_device
-from evaluate import check_token_ids, summed_loss, validate
+from evaluate import summed_loss, validate
+from generate import check_token_ids
 from model import (
     AnswerModel,
     architecture,
@@ -514,7 +515,11 @@ class Run:
         )
         if self.metrics:
             self.metrics.write(
-                {"step": state.global_step, "bad_steps": state.bad_steps, "position": state.position}
+                {
+                    "step": state.global_step,
+                    "bad_steps": state.bad_steps,
+                    "position": state.position,
+                }
             )
         if state.bad_in_row >= limit:
             raise UserError(

@@ -147,7 +147,11 @@ def main(argv: list[str]) -> int:
 def complain(message: str) -> None:
     """Print an error; several ranks that find the same say it whole only once."""
     rank = os.environ.get("RANK", "0")
-    message = f"error: {message}" if rank == "0" else f"rank {rank}: error: {message.splitlines()[0]}"
+    if not message:
+        return
+    message = (
+        f"error: {message}" if rank == "0" else f"rank {rank}: error: {message.splitlines()[0]}"
+    )
     print(message, file=sys.stderr)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cli, metrics_of, newest, rows, train_config, weights_of, write_yaml
 
 import sft
+from conftest import cli, metrics_of, newest, rows, train_config, weights_of, write_yaml
 
 
 def _work(rank: int, count: int, port: int, output: Path, arguments: list[str]) -> None:
