@@ -59,6 +59,7 @@ from model import (
 from track import METRICS, Console, Metrics, WandbWriter, duration
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
+SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
 SAMPLE_ANSWERS = 3  # shown after a validation that generates
 SHOWN_METRICS = (
     ("val_loss", "loss", 4),
@@ -142,7 +143,7 @@ class Run:
         identity = {
             "model": architecture(config.model_name),
             "data": source.fingerprint(),
-            "samples_per_step": self.samples_per_step,
+            SAMPLES_PER_STEP: self.samples_per_step,
         }
         self.identity = identity
         self.state = State(wandb_id=uuid.uuid4().hex[:8])
