@@ -83,6 +83,7 @@ def summed_loss(
                 return None
             with device.autocast():
                 total += model(batch)
+            device.synchronise()
     return float(ranks.add(total)), int(samples.target_lengths[order].sum())
 
 
@@ -130,6 +131,7 @@ def validate(
                 seed=config.seed,
                 batch_size=2 * config.data.batch_size,
                 use_cache=config.model_params.use_cache,
+                pad_to=shape[1] if shape else None,
                 should_stop=should_stop,
             )
         )
@@ -143,6 +145,7 @@ def validate(
     return values, records
 
 
+STATIC_STEP = 128  # tokens
 SCORES = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 
@@ -169,7 +172,8 @@ def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
 
 def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bool:
     """Test one model, or several and compare them; false if it was stopped."""
-    device = open_device("cuda" if config.cuda else "cpu", key="cuda")
+    accelerator = "cuda" if config.cuda else "tpu" if config.tpu else "cpu"
+    device = open_device(accelerator, key=accelerator)
     console = Console(quiet=quiet, silent=device.ranks.rank > 0)
     paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
     if not isinstance(paths, list):
@@ -228,7 +232,8 @@ def test_model(
         longest + config.generate_params.max_new_tokens,
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
-    model = AnswerModel(plain.to(device.torch_device)).eval()
+    model = AnswerModel(plain).eval()
+    device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
     console.say(compact(config) + "\n")
     console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
@@ -308,7 +313,9 @@ def answer_window(
             batch_size=config.test_params.batch_size,
             use_cache=config.test_params.use_cache,
             padding_side=config.data.padding_side,
-            pad_to=config.data.max_prompt_length if config.data.padding else None,
+            pad_to=config.data.max_prompt_length
+            if config.data.padding or device.static_shapes
+            else None,
             should_stop=should_stop,
         )
     )
@@ -350,10 +357,13 @@ def reference_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
     order = np.argsort(-samples.lengths, kind="stable")
     batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    for batch, _ in device.feed(collate(samples, rows) for rows in batches):
+    shape = None
+    if device.static_shapes and len(order):  # rounded up, so that few windows need a new one
+        shape = (batch_size, -(-int(samples.lengths.max()) // STATIC_STEP) * STATIC_STEP)
+    for batch, _ in device.feed(collate(samples, rows, static_shape=shape) for rows in batches):
         losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
-        for row, part in zip(batch.rows, losses.split(counts)):
+        for row, part in zip(batch.rows, losses[: sum(counts)].split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
 

@@ -194,12 +194,19 @@ def generate(
         pad_to: pad prompts to at least this length; None: to the longest of those that enter
             together.
         should_stop: asked before each token; true ends the iteration.
+
+    Where shapes are static, every forward pass is one over whole sequences, [batch_size, pad_to +
+    max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
+    each token.
     """
     ends = params.eos_token_id if params.eos_token_id is not None else eos
     end_ids = set(ends) if isinstance(ends, list) else {ends}
     waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
     longest = len(waiting[-1].input_ids) if waiting else 0
-    use_cache = use_cache and model.takes_cache
+    use_cache = use_cache and model.takes_cache and not device.static_shapes
+    height = None
+    if device.static_shapes:
+        height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
     cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
     active: list[_Row] = []
     while device.together(bool(waiting or active) and not should_stop()):
@@ -216,7 +223,8 @@ def generate(
         with device.autocast():
             if not use_cache:
                 active += entered
-                chosen = _next(active, _whole(model, active, device, padding_side, pad_to, None))
+                logits = _whole(model, active, device, padding_side, pad_to, None, height)
+                chosen = _next(active, logits)
             elif entered:
                 # The rows that are already there wait for one prefill; they go on just after it.
                 filled = DynamicCache()
@@ -265,15 +273,20 @@ def _whole(
     side: str,
     pad_to: int | None,
     cache: DynamicCache | None,
+    height: int | None = None,
 ) -> Tensor:
-    """Logits [B, V] after whole sequences, which also fills `cache` if there is one."""
+    """Logits [B, V] after whole sequences, which also fills `cache` if there is one.
+
+    With `height`, B is that, whatever the number of rows.
+    """
     sequences = [row.sequence() for row in rows]
+    sequences += [[0]] * ((height or 0) - len(rows))
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_prompts(sequences, side, pad_to)
     mask = padded["attention_mask"]
     width = mask.shape[1]
     kwargs: dict[str, Any] = {}
-    if side == "left" and bool((mask == 0).any()):
+    if side == "left" and (height or bool((mask == 0).any())):
         kwargs["attention_mask"] = device.move(mask)
     if cache is not None:
         kwargs["past_key_values"] = cache
