@@ -136,10 +136,12 @@ class Device:
     """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
 
     static_shapes: every batch must have the same shape, because each new one is compiled.
+    shards: devices that this process spreads each batch over (the chips of a TPU).
     lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
     """
 
     static_shapes = False
+    shards = 1
     lockstep = False
 
     def __init__(self, kind: str, precision: str = "32-true") -> None:
@@ -422,7 +424,9 @@ class XlaDevice(Device):
 
     Operations are collected into a graph, which is compiled when it is new and runs at a
     `synchronise`. So shapes never change, a step is one graph with one break behind it, and
-    nothing in between asks for a value. A successor of torch_xla belongs here and nowhere else.
+    nothing in between asks for a value. One process drives all chips of the machine: batches are
+    split among them, parameters are on each, and XLA adds up the gradients (SPMD). A successor of
+    torch_xla belongs here and nowhere else.
     """
 
     static_shapes = True
@@ -439,10 +443,19 @@ class XlaDevice(Device):
             raise UserError(
                 "trainer.params.accelerator: a TPU has one process; start it without torchrun"
             )
+        runtime = torch_xla.runtime
+        self.shards = runtime.global_runtime_device_count()
+        self.sharding = None
+        if self.shards > 1:
+            from torch_xla.distributed import spmd
+
+            runtime.use_spmd()
+            mesh = spmd.Mesh(np.arange(self.shards), (self.shards,), ("batch",))
+            self.sharding = spmd.ShardingSpec(mesh, ("batch", None))
         self.torch_device = torch_xla.device()
 
     def describe(self) -> str:
-        return f"xla ({self.xla.runtime.device_type()})"
+        return f"xla ({self.shards} x {self.xla.runtime.device_type()})"
 
     def slow_precision(self) -> str | None:
         if self.precision == "64-true":
@@ -452,7 +465,9 @@ class XlaDevice(Device):
     def move_model(self, model: nn.Module) -> None:
         model.to(self.torch_device)
         model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
-        model.makes_masks = True
+        # Where every layer sees all that came before, as one mask for all of them says.
+        text = model.model.config.get_text_config()
+        model.makes_masks = getattr(text, "sliding_window", None) is None
 
     def synchronise(self) -> None:
         self.xla.sync()
@@ -461,7 +476,7 @@ class XlaDevice(Device):
         from torch_xla.distributed.parallel_loader import ParallelLoader
 
         # Without its iterator, which would break the graph between backward pass and update.
-        loader = ParallelLoader(batches, [self.torch_device])
+        loader = ParallelLoader(batches, [self.torch_device], input_sharding=self.sharding)
         try:
             while (batch := loader.next_item(self.torch_device)) is not None:
                 yield batch

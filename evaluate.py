@@ -105,6 +105,7 @@ def validate(
     encoder: Encoder,
     config: TrainConfig,
     device: Device,
+    batch_size: int,
     shape: tuple[int, int] | None,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
@@ -112,7 +113,7 @@ def validate(
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    result = summed_loss(model, samples, device, config.data.batch_size, should_stop, shape)
+    result = summed_loss(model, samples, device, batch_size, should_stop, shape)
     if result is None:
         return None
     loss = result[0] / result[1]
@@ -129,7 +130,7 @@ def validate(
                 device,
                 eos=encoder.eos,
                 seed=config.seed,
-                batch_size=2 * config.data.batch_size,
+                batch_size=2 * batch_size,
                 use_cache=config.model_params.use_cache,
                 pad_to=shape[1] if shape else None,
                 should_stop=should_stop,

@@ -6,13 +6,14 @@ PJRT_DEVICE=CPU python -m pytest -s tests/test_xla.py
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch_xla
-from conftest import cli, metrics_of, newest, rows, train_config, weights_of, write_yaml
+from conftest import cli, metrics_of, newest, process, rows, train_config, weights_of, write_yaml
 from torch_xla.debug import metrics as xla_metrics
 
 import device
@@ -37,6 +38,7 @@ def config(model: Path, data: Path, run: Path, accelerator: str, **changes: Any)
         "trainer__params__accelerator": accelerator,
         "trainer__checkpoint__every_n_train_steps": 4,
         "trainer__checkpoint__save_top_k": 9,
+        "model_params__learning_rate": 1e-3,
         "model_params__do_compute_metrics": True,
         "model_params__val_generate_params": {"max_new_tokens": 4},
     }
@@ -72,7 +74,7 @@ def test_xla_trains_as_the_cpu_does_and_stops_compiling(
     for name, run in runs.items():
         assert cli("train", config(model_dirs[kind], uneven, run, name), "--quiet") == 0
     for ours, theirs in zip(metrics_of(runs["tpu"]), metrics_of(runs["cpu"]), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4)
     expected = weights_of(newest(runs["cpu"]))
     found = weights_of(newest(runs["tpu"]))
     assert found.keys() == expected.keys()
@@ -80,9 +82,8 @@ def test_xla_trains_as_the_cpu_does_and_stops_compiling(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
     print(f"{kind}: graphs compiled after each step: {[count - start for count in compiles]}")
     # 12 steps in 2 epochs, with a validation, answers and checkpoints between them. The optimizer's
-    # state is new in step 1 and old from step 2 on; after the first epoch nothing is new.
+    # state is new in step 1; after the first validation nothing is new.
     assert len(compiles) == 12
-    assert compiles[1] == compiles[5]
     assert compiles[6] == compiles[11]
 
 
@@ -168,3 +169,18 @@ def test_bf16_autocast_runs_and_float16_is_refused(
     overrides = ("trainer.params.precision=bf16", "trainer.params.max_steps=2")
     assert cli("train", path, *overrides, "--quiet") == 0
     assert weights_of(newest(tmp_path / "run"))["transformer.ln_f.weight"].dtype == torch.float32
+
+
+def test_one_process_spreads_a_batch_over_several_devices(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path
+) -> None:
+    """Two devices with batches of 1 train as one CPU with batches of 2."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    assert cli("train", config(model_dirs["gpt_neo"], uneven, alone, "cpu"), "--quiet") == 0
+    spread = config(model_dirs["gpt_neo"], uneven, both, "tpu", data__batch_size=1)
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
+    result = process("train", spread, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "1 samples x 2 batches x 2 ranks = 4 samples" in result.stdout
+    for ours, theirs in zip(metrics_of(both), metrics_of(alone), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
