@@ -38,7 +38,7 @@ from data import (
     prepare_inference,
 )
 from device import Device, open_device
-from generate import Answer, check_token_ids, generate
+from generate import Answer, check_token_ids, generate, packed_weights
 from model import (
     AnswerModel,
     check_fits,
@@ -76,7 +76,7 @@ def summed_loss(
         order = order[: max_batches * batch_size * ranks.world_size]
     parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
     total = device.zero()
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model, device):
         made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
         for batch, _ in device.feed(made):
             if ranks.any(should_stop()):
@@ -87,12 +87,13 @@ def summed_loss(
 
 
 @contextmanager
-def _evaluating(model: AnswerModel) -> Iterator[None]:
-    """Dropout off inside, as it was before outside."""
+def _evaluating(model: AnswerModel, device: Device) -> Iterator[None]:
+    """Dropout off and weights packed inside, as it was before outside."""
     training = model.training
     model.eval()
     try:
-        yield
+        with packed_weights(model, device):
+            yield
     finally:
         model.train(training)
 
@@ -119,7 +120,7 @@ def validate(
     if not prompts:
         return values, []
     ranks = device.ranks
-    with _evaluating(model):
+    with _evaluating(model, device):
         own = list(
             generate(
                 model,
@@ -248,7 +249,8 @@ def test_model(
     first, started, tokens = len(records), time.monotonic(), 0
     while len(records) < len(prompts):
         window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        done = answer_window(model, encoder, window, config, device, should_stop)
+        with packed_weights(model, device):
+            done = answer_window(model, encoder, window, config, device, should_stop)
         if done is None:
             console.say(
                 f"stopped: {len(records)} of {len(prompts)} answers are kept in {log.path}; the "
