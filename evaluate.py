@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,9 @@ def test_model(
 
     Answers are written in windows of `save_steps` samples. A window does not share batches with
     the next one, so a run that was killed and is started again computes exactly what it would have
-    computed, down to the last bit.
+    computed, down to the last bit. For the same reason a stop waits for the end of the window: with
+    a part of its answers there, the others would be computed in other batches, and rounding can
+    decide between two tokens.
 
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
@@ -248,16 +251,16 @@ def test_model(
     console.say(f"answers   {log.path}")
     first, started, tokens = len(records), time.monotonic(), 0
     while len(records) < len(prompts):
-        window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        with packed_weights(model, device):
-            done = answer_window(model, encoder, window, config, device, should_stop)
-        if done is None:
+        if ranks.any(should_stop()):
             console.say(
                 f"stopped: {len(records)} of {len(prompts)} answers are kept in {log.path}; the "
                 "same command goes on from there"
             )
             return False
-        ranks.first(lambda done=done: log.append(done))
+        window = prompts[len(records) : len(records) + config.test_params.save_steps]
+        with packed_weights(model, device):
+            done = answer_window(model, encoder, window, config, device)
+        ranks.first(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
         spent = time.monotonic() - started
@@ -291,9 +294,8 @@ def answer_window(
     prompts: Sequence[Prompt],
     config: TestConfig,
     device: Device,
-    should_stop: Callable[[], bool],
-) -> list[dict[str, Any]] | None:
-    """The finished log records of `prompts`, in their order; None if stopped before the end.
+) -> list[dict[str, Any]]:
+    """The finished log records of `prompts`, in their order.
 
     The ranks share the prompts; the records of all are on every rank.
     """
@@ -311,11 +313,8 @@ def answer_window(
             use_cache=config.test_params.use_cache,
             padding_side=config.data.padding_side,
             pad_to=config.data.max_prompt_length if config.data.padding else None,
-            should_stop=should_stop,
         )
     )
-    if ranks.any(len(answers) < len(own)):
-        return None
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [
         describe(answer, encoder, texts=config.test_params.do_compute_metrics) for answer in answers

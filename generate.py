@@ -387,7 +387,7 @@ def packed_weights(model: AnswerModel, device: Device) -> Iterator[None]:
     AVX-512 of AMD CPUs alone: on a Zen 5 oneDNN was 2.3 times as fast with 2,048 rows, 2.5 to 4
     times with 16 to 64, 3 times with one. It costs a second copy of the weights; no gradients.
     """
-    packed: list[nn.Module] = []
+    packed: list[Any] = []
     compiled = getattr(model.model.base_model, "_compiled_call_impl", None)
     if torch.backends.mkldnn.is_available() and device.autocast_dtype is None and not compiled:
         packed = [module for module in model.modules() if _can_be_packed(module)]
