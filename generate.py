@@ -278,21 +278,20 @@ def _whole(
     sequences = [row.sequence() for row in rows]
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_prompts(sequences, side, pad_to)
-    mask = padded["attention_mask"]
-    width = mask.shape[1]
-    kwargs: dict[str, Any] = {}
-    if side == "left" and bool((mask == 0).any()):
-        kwargs["attention_mask"] = device.move(mask)
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-    last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
+    width = padded["input_ids"].shape[1]
     start = torch.zeros_like(lengths) if side == "right" else width - lengths
     # Padding stays within the positions that the model knows, whatever it is padded to.
     positions = (torch.arange(width)[None] - start[:, None]).clamp(min=0)
     positions = positions.minimum(lengths[:, None] - 1)
+    kwargs: dict[str, Any] = {}
+    if bool(start.any()):  # padding behind a row is out of its sight
+        kwargs["attention_mask"] = device.move(padded["attention_mask"])
+    if cache is not None:
+        kwargs["past_key_values"] = cache
     if model.takes_positions:
         kwargs["position_ids"] = device.move(positions)
-    logits, _ = model.next_logits(device.move(padded["input_ids"]), device.move(last), **kwargs)
+    last = device.move(start + lengths - 1)
+    logits, _ = model.next_logits(device.move(padded["input_ids"]), last, **kwargs)
     return logits
 
 
