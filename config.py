@@ -383,6 +383,7 @@ class TestParams(Section):
 
 class TestConfig(Section):
     cuda: bool = key(False, "use a CUDA GPU; an error when there is none")
+    tpu: bool = key(False, "use a TPU through torch_xla; an error when there is none")
     data: TestData
     generate_params: GenerateParams = section(GenerateParams)
     model_name: str = key(..., "hub id or local directory")
@@ -393,6 +394,8 @@ class TestConfig(Section):
     def contradictions(self) -> Iterator[str]:
         yield from _generation_contradictions("generate_params", self.generate_params)
         paths = self.test_params.test_model_path
+        if self.cuda and self.tpu:
+            yield "tpu: found true, and so is cuda; allowed: one of them"
         if isinstance(paths, list) and len(paths) < 2:
             yield "test_params.test_model_path: found a list of less than two; nothing to compare"
 

@@ -18,6 +18,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -134,10 +136,12 @@ class Device:
     """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
 
     static_shapes: every batch must have the same shape, because each new one is compiled.
+    shards: devices that this process spreads each batch over (the chips of a TPU).
     lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
     """
 
     static_shapes = False
+    shards = 1
     lockstep = False
 
     def __init__(self, kind: str, precision: str = "32-true") -> None:
@@ -193,7 +197,7 @@ class Device:
         rank keeps a slice of every parameter, and whole ones exist for one block at a time.
         """
         if self.world_size == 1 or strategy == "ddp":
-            model.to(self.torch_device)
+            self.move_model(model)
         if self.world_size == 1:
             return model
         if strategy == "ddp":
@@ -208,6 +212,9 @@ class Device:
         for method in ("next_logits", "target_losses"):
             register_fsdp_forward_method(model, method)
         return model
+
+    def move_model(self, model: nn.Module) -> None:
+        model.to(self.torch_device)
 
     def exchange_gradients(self, model: nn.Module, now: bool) -> None:
         """Whether the next backward pass ends with adding up the gradients over the ranks.
@@ -268,13 +275,18 @@ class Device:
     def feed(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         """(batch on the device, whether it is the last), each copied while another is worked on."""
         ready: Batch | None = None
-        for batch in batches:
-            moved = self.place(batch)
+        for batch in self._upload(batches):
             if ready is not None:
                 yield ready, False
-            ready = moved
+            ready = batch
         if ready is not None:
             yield ready, True
+
+    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return map(self.place, batches)
+
+    def synchronise(self) -> None:
+        """The end of a piece of work, for devices that collect operations before they run them."""
 
     def place(self, batch: Batch) -> Batch:
         return replace(
@@ -292,7 +304,7 @@ class Device:
 
     def zero(self) -> Tensor:
         """A float64 zero for sums; float32 where the device has no float64."""
-        dtype = torch.float32 if self.kind == "mps" else torch.float64
+        dtype = torch.float32 if self.kind in ("mps", "xla") else torch.float64
         return torch.zeros((), dtype=dtype, device=self.torch_device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -407,6 +419,123 @@ def _keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
+class XlaDevice(Device):
+    """A TPU, or whatever else PJRT_DEVICE names, through torch_xla.
+
+    Operations are collected into a graph, which is compiled when it is new and runs at a
+    `synchronise`. So shapes never change, a step is one graph with one break behind it, and
+    nothing in between asks for a value. One process drives all chips of the machine: batches are
+    split among them, parameters are on each, and XLA adds up the gradients (SPMD). A successor of
+    torch_xla belongs here and nowhere else.
+    """
+
+    static_shapes = True
+
+    def __init__(self, kind: str, precision: str = "32-true") -> None:
+        import torch_xla
+        from torch_xla.core import xla_model
+
+        if precision == "16-mixed":
+            raise UserError("trainer.params.precision: found 16; TPUs compute in bf16: bf16-mixed")
+        super().__init__(kind, precision)
+        self.xla, self.xla_model = torch_xla, xla_model
+        if self.world_size > 1:
+            raise UserError(
+                "trainer.params.accelerator: a TPU has one process; start it without torchrun"
+            )
+        runtime = torch_xla.runtime
+        self.shards = runtime.global_runtime_device_count()
+        self.sharding = None
+        if self.shards > 1:
+            from torch_xla.distributed import spmd
+
+            runtime.use_spmd()
+            mesh = spmd.Mesh(np.arange(self.shards), (self.shards,), ("batch",))
+            self.sharding = spmd.ShardingSpec(mesh, ("batch", None))
+        self.torch_device = torch_xla.device()
+
+    def describe(self) -> str:
+        return f"xla ({self.shards} x {self.xla.runtime.device_type()})"
+
+    def slow_precision(self) -> str | None:
+        if self.precision == "64-true":
+            return "TPUs emulate float64; use 32 or bf16-mixed"
+        return None
+
+    def move_model(self, model: nn.Module) -> None:
+        model.to(self.torch_device)
+        model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
+        # Where every layer sees all that came before, as one mask for all of them says.
+        text = model.model.config.get_text_config()
+        model.makes_masks = getattr(text, "sliding_window", None) is None
+
+    def synchronise(self) -> None:
+        self.xla.sync()
+
+    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        from torch_xla.distributed.parallel_loader import ParallelLoader
+
+        # Without its iterator, which would break the graph between backward pass and update.
+        loader = ParallelLoader(batches, [self.torch_device], input_sharding=self.sharding)
+        try:
+            while (batch := loader.next_item(self.torch_device)) is not None:
+                yield batch
+        finally:
+            loader.close()
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        clip: float | None,
+        loss: Tensor,
+    ) -> StepResult:
+        """As in `Device`, but inside the graph: whether to update is decided on the device."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        applied = loss.isfinite() & norm.isfinite()
+        if clip:
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(factor)
+        before = {id(t): t.clone() for t in _updated(optimizer)}
+        optimizer.step()
+        with torch.no_grad():
+            for t in _updated(optimizer):
+                t.copy_(torch.where(applied, t, before.get(id(t), torch.zeros_like(t))))
+        optimizer.zero_grad(set_to_none=True)
+        values = torch.stack([loss, norm, applied.float()])
+        self.synchronise()
+        loss_value, norm_value, good = values.tolist()
+        return StepResult(loss_value, norm_value, bool(good), overflow=False)
+
+    def peak_memory(self) -> int:
+        try:
+            return int(self.xla_model.get_memory_info(self.torch_device)["peak_bytes_used"])
+        except (KeyError, RuntimeError):  # PJRT's CPU does not say
+            return super().peak_memory()
+
+    def rng_state(self) -> dict[str, Any]:
+        return super().rng_state() | {"xla": self.xla_model.get_rng_state()}
+
+    def seed(self, seed: int) -> None:
+        super().seed(seed)
+        self.xla_model.set_rng_state(seed)
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        super().set_rng_state(state)
+        if "xla" in state:
+            self.xla_model.set_rng_state(state["xla"])
+
+
+def _updated(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor that a step of the optimizer changes."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p
+            yield from (v for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))
+
+
 def _whole(value: Any) -> Any:
     """A tensor in host memory, put together from the slices of all ranks; others as they are."""
     if isinstance(value, DTensor):
@@ -421,6 +550,9 @@ def available() -> list[str]:
         found.append("cuda")
     if torch.backends.mps.is_available():
         found.append("mps")
+    if find_spec("torch_xla") and (os.environ.get("PJRT_DEVICE") or glob("/dev/accel*")):
+        # In front only where there is a TPU: PJRT_DEVICE=CPU is for trying things out.
+        found.insert(0 if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" else len(found), "tpu")
     return [*found, "cpu"]
 
 
@@ -435,10 +567,10 @@ def open_device(
         UserError: the accelerator is absent or cannot do the precision.
     """
     there = available()
-    wanted = {"auto": there[0], "gpu": "cuda", "tpu": "xla"}.get(accelerator, accelerator)
+    wanted = {"auto": there[0], "gpu": "cuda"}.get(accelerator, accelerator)
     if wanted not in there:
         raise UserError(
             f"{key}: found {accelerator!r}, which this machine does not "
             f"have; allowed here: {', '.join(['auto', *there])}"
         )
-    return Device(wanted, precision)
+    return XlaDevice("xla", precision) if wanted == "tpu" else Device(wanted, precision)

@@ -84,6 +84,7 @@ def summed_loss(
                 return None
             with device.autocast():
                 total += model(batch)
+            device.synchronise()
     return float(ranks.add(total)), int(samples.target_lengths[order].sum())
 
 
@@ -106,6 +107,7 @@ def validate(
     encoder: Encoder,
     config: TrainConfig,
     device: Device,
+    batch_size: int,
     shape: tuple[int, int] | None,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
@@ -113,7 +115,7 @@ def validate(
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    result = summed_loss(model, samples, device, config.data.batch_size, should_stop, shape)
+    result = summed_loss(model, samples, device, batch_size, should_stop, shape)
     if result is None:
         return None
     loss = result[0] / result[1]
@@ -130,8 +132,9 @@ def validate(
                 device,
                 eos=encoder.eos,
                 seed=config.seed,
-                batch_size=2 * config.data.batch_size,
+                batch_size=2 * batch_size,
                 use_cache=config.model_params.use_cache,
+                pad_to=shape[1] if shape else None,
                 should_stop=should_stop,
             )
         )
@@ -145,6 +148,7 @@ def validate(
     return values, records
 
 
+STATIC_STEP = 128  # tokens
 SCORES = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 
@@ -171,7 +175,8 @@ def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
 
 def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bool:
     """Test one model, or several and compare them; false if it was stopped."""
-    device = open_device("cuda" if config.cuda else "cpu", key="cuda")
+    accelerator = "cuda" if config.cuda else "tpu" if config.tpu else "cpu"
+    device = open_device(accelerator, key=accelerator)
     console = Console(quiet=quiet, silent=device.ranks.rank > 0)
     paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
     if not isinstance(paths, list):
@@ -232,7 +237,8 @@ def test_model(
         longest + config.generate_params.max_new_tokens,
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
-    model = AnswerModel(plain.to(device.torch_device)).eval()
+    model = AnswerModel(plain).eval()
+    device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
     console.say(compact(config) + "\n")
     console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
@@ -312,7 +318,9 @@ def answer_window(
             batch_size=config.test_params.batch_size,
             use_cache=config.test_params.use_cache,
             padding_side=config.data.padding_side,
-            pad_to=config.data.max_prompt_length if config.data.padding else None,
+            pad_to=config.data.max_prompt_length
+            if config.data.padding or device.static_shapes
+            else None,
         )
     )
     answers.sort(key=lambda answer: answer.prompt.row)
@@ -351,10 +359,13 @@ def reference_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
     order = np.argsort(-samples.lengths, kind="stable")
     batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    for batch, _ in device.feed(collate(samples, rows) for rows in batches):
+    shape = None
+    if device.static_shapes and len(order):  # rounded up, so that few windows need a new one
+        shape = (batch_size, -(-int(samples.lengths.max()) // STATIC_STEP) * STATIC_STEP)
+    for batch, _ in device.feed(collate(samples, rows, static_shape=shape) for rows in batches):
         losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
-        for row, part in zip(batch.rows, losses.split(counts)):
+        for row, part in zip(batch.rows, losses[: sum(counts)].split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
 

@@ -198,12 +198,19 @@ def generate(
         pad_to: pad prompts to at least this length; None: to the longest of those that enter
             together.
         should_stop: asked before each token; true ends the iteration.
+
+    Where shapes are static, every forward pass is one over whole sequences, [batch_size, pad_to +
+    max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
+    each token.
     """
     ends = params.eos_token_id if params.eos_token_id is not None else eos
     end_ids = set(ends) if isinstance(ends, list) else {ends}
     waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
     longest = len(waiting[-1].input_ids) if waiting else 0
-    use_cache = use_cache and model.takes_cache
+    use_cache = use_cache and model.takes_cache and not device.static_shapes
+    height = None
+    if device.static_shapes:
+        height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
     cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
     active: list[_Row] = []
     filling = False
@@ -217,14 +224,16 @@ def generate(
         )
         entered: list[_Row] = []
         if filling:
-            # Prompts of like lengths at a time: little padding, little memory.
-            width = max(pad_to or 0, len(waiting[-1].input_ids))
-            count = min(free, len(waiting), max(1, PREFILL_TOKENS // width))
+            count = min(free, len(waiting))
+            if use_cache:  # prompts of like lengths at a time: little padding, little memory
+                width = max(pad_to or 0, len(waiting[-1].input_ids))
+                count = min(count, max(1, PREFILL_TOKENS // width))
             entered = [_new_row(waiting.pop(), params, end_ids, seed) for _ in range(count)]
         with device.autocast():
             if not use_cache:
                 active += entered
-                chosen = _next(active, _whole(model, active, device, padding_side, pad_to, None))
+                logits = _whole(model, active, device, padding_side, pad_to, None, height)
+                chosen = _next(active, logits)
             elif entered:
                 # The rows that are already there wait for the prefill; they go on just after it.
                 filled = DynamicCache()
@@ -273,9 +282,14 @@ def _whole(
     side: str,
     pad_to: int | None,
     cache: DynamicCache | None,
+    height: int | None = None,
 ) -> Tensor:
-    """Logits [B, V] after whole sequences, which also fills `cache` if there is one."""
+    """Logits [B, V] after whole sequences, which also fills `cache` if there is one.
+
+    With `height`, B is that, whatever the number of rows.
+    """
     sequences = [row.sequence() for row in rows]
+    sequences += [[0]] * ((height or 0) - len(rows))
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_prompts(sequences, side, pad_to)
     width = padded["input_ids"].shape[1]

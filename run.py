@@ -132,8 +132,9 @@ class Run:
         self.directory = Path(config.trainer.checkpoint.dirpath)
         self.resumed_from = self.ranks.first(self._open_directory)
         # (B, T) of every batch, where each new shape is compiled.
+        self.batch_size = config.data.batch_size * self.device.shards
         static = self.device.static_shapes or config.data.on_tpu
-        self.shape = (config.data.batch_size, config.data.max_length) if static else None
+        self.shape = (self.batch_size, config.data.max_length) if static else None
 
         source = DataSource.open(config.data.data_dir)
         self.remarks: list[str] = []
@@ -285,7 +286,7 @@ class Run:
         """The arithmetic of batches, steps and epochs."""
         params = self.params
         self.samples_per_step = (
-            self.config.data.batch_size * params.accumulate_grad_batches * self.ranks.world_size
+            self.batch_size * params.accumulate_grad_batches * self.ranks.world_size
         )
         self.steps_per_epoch = math.ceil(len(self.samples) / self.samples_per_step)
         epochs = params.max_epochs if params.max_epochs > 0 else math.inf
@@ -399,7 +400,8 @@ class Run:
         say(f"sample    {shown}   (trained on what is in [[ ]])")
         say(
             f"step      {config.data.batch_size} samples x {params.accumulate_grad_batches} "
-            f"batches x {self.ranks.world_size} ranks = {self.samples_per_step} samples"
+            f"batches x {self.ranks.world_size * self.device.shards} ranks = "
+            f"{self.samples_per_step} samples"
         )
         say(
             f"plan      {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all, "
@@ -463,8 +465,10 @@ class Run:
 
     def micro_batches(self, rows: np.ndarray) -> Iterator[Batch]:
         """This rank's share of a step's samples, collated."""
-        size, ranks = self.config.data.batch_size, self.ranks
-        parts = micro_batches(rows, size, self.samples.lengths, ranks.rank, ranks.world_size)
+        ranks = self.ranks
+        parts = micro_batches(
+            rows, self.batch_size, self.samples.lengths, ranks.rank, ranks.world_size
+        )
         if self.shape:  # a short last step must not be another graph
             missing = self.params.accumulate_grad_batches - len(parts)
             parts += [rows[:0]] * missing
@@ -578,12 +582,11 @@ class Run:
         if count == 0 or self.resumed_from:
             return
         batches = None if count < 0 else count
-        size = self.config.data.batch_size
         result = summed_loss(
             self.model,
             self.val_samples,
             self.device,
-            size,
+            self.batch_size,
             should_stop,
             self.shape,
             batches,
@@ -608,6 +611,7 @@ class Run:
             self.encoder,
             self.config,
             self.device,
+            self.batch_size,
             self.shape,
             should_stop,
         )
