@@ -371,7 +371,9 @@ class TestParams(Section):
     from_scratch: bool = key(
         False, "a model directory without weights is initialised from `seed`: a baseline"
     )
-    save_steps: PositiveInt = key(200, "samples between two flushes to the disk")
+    save_steps: PositiveInt = key(
+        200, "answers between two writes to the disk; a stop waits for the started ones"
+    )
     test_model_path: str | list[str | None] | None = key(
         None,
         "run, checkpoint or model directory to test; null: `model_name`; a list compares them",

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from data import (
     prepare_inference,
 )
 from device import Device, open_device
-from generate import Answer, check_token_ids, generate
+from generate import Answer, check_token_ids, generate, packed_weights
 from model import (
     AnswerModel,
     check_fits,
@@ -76,7 +77,7 @@ def summed_loss(
         order = order[: max_batches * batch_size * ranks.world_size]
     parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
     total = device.zero()
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model, device):
         made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
         for batch, _ in device.feed(made):
             if ranks.any(should_stop()):
@@ -88,12 +89,13 @@ def summed_loss(
 
 
 @contextmanager
-def _evaluating(model: AnswerModel) -> Iterator[None]:
-    """Dropout off inside, as it was before outside."""
+def _evaluating(model: AnswerModel, device: Device) -> Iterator[None]:
+    """Dropout off and weights packed inside, as it was before outside."""
     training = model.training
     model.eval()
     try:
-        yield
+        with packed_weights(model, device):
+            yield
     finally:
         model.train(training)
 
@@ -121,7 +123,7 @@ def validate(
     if not prompts:
         return values, []
     ranks = device.ranks
-    with _evaluating(model):
+    with _evaluating(model, device):
         own = list(
             generate(
                 model,
@@ -201,7 +203,9 @@ def test_model(
 
     Answers are written in windows of `save_steps` samples. A window does not share batches with
     the next one, so a run that was killed and is started again computes exactly what it would have
-    computed, down to the last bit.
+    computed, down to the last bit. For the same reason a stop waits for the end of the window: with
+    a part of its answers there, the others would be computed in other batches, and rounding can
+    decide between two tokens.
 
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
@@ -253,15 +257,16 @@ def test_model(
     console.say(f"answers   {log.path}")
     first, started, tokens = len(records), time.monotonic(), 0
     while len(records) < len(prompts):
-        window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        done = answer_window(model, encoder, window, config, device, should_stop)
-        if done is None:
+        if ranks.any(should_stop()):
             console.say(
                 f"stopped: {len(records)} of {len(prompts)} answers are kept in {log.path}; the "
                 "same command goes on from there"
             )
             return False
-        ranks.first(lambda done=done: log.append(done))
+        window = prompts[len(records) : len(records) + config.test_params.save_steps]
+        with packed_weights(model, device):
+            done = answer_window(model, encoder, window, config, device)
+        ranks.first(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
         spent = time.monotonic() - started
@@ -295,9 +300,8 @@ def answer_window(
     prompts: Sequence[Prompt],
     config: TestConfig,
     device: Device,
-    should_stop: Callable[[], bool],
-) -> list[dict[str, Any]] | None:
-    """The finished log records of `prompts`, in their order; None if stopped before the end.
+) -> list[dict[str, Any]]:
+    """The finished log records of `prompts`, in their order.
 
     The ranks share the prompts; the records of all are on every rank.
     """
@@ -317,11 +321,8 @@ def answer_window(
             pad_to=config.data.max_prompt_length
             if config.data.padding or device.static_shapes
             else None,
-            should_stop=should_stop,
         )
     )
-    if ranks.any(len(answers) < len(own)):
-        return None
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [
         describe(answer, encoder, texts=config.test_params.do_compute_metrics) for answer in answers

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     EpsilonLogitsWarper,
@@ -27,6 +29,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
 
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
@@ -34,6 +37,7 @@ from device import Device
 from model import AnswerModel
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
+PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
 SHIFT_EVERY = 64
 
 
@@ -209,24 +213,29 @@ def generate(
         height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
     cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
     active: list[_Row] = []
+    filling = False
     while device.together(bool(waiting or active) and not should_stop()):
         if not waiting and not active:
             _idle(model, device)  # the other ranks need this one's slices
             continue
-        entered: list[_Row] = []
         free = batch_size - len(active)
-        if waiting and (free * REFILL_SHARE >= batch_size or not active):
-            entered = [
-                _new_row(waiting.pop(), params, end_ids, seed)
-                for _ in range(min(free, len(waiting)))
-            ]
+        filling = bool(waiting and free) and (
+            filling or not active or free * REFILL_SHARE >= batch_size
+        )
+        entered: list[_Row] = []
+        if filling:
+            count = min(free, len(waiting))
+            if use_cache:  # prompts of like lengths at a time: little padding, little memory
+                width = max(pad_to or 0, len(waiting[-1].input_ids))
+                count = min(count, max(1, PREFILL_TOKENS // width))
+            entered = [_new_row(waiting.pop(), params, end_ids, seed) for _ in range(count)]
         with device.autocast():
             if not use_cache:
                 active += entered
                 logits = _whole(model, active, device, padding_side, pad_to, None, height)
                 chosen = _next(active, logits)
             elif entered:
-                # The rows that are already there wait for one prefill; they go on just after it.
+                # The rows that are already there wait for the prefill; they go on just after it.
                 filled = DynamicCache()
                 logits = _whole(model, entered, device, padding_side, pad_to, filled)
                 lengths = np.array([len(row.prompt.input_ids) for row in entered])
@@ -283,21 +292,20 @@ def _whole(
     sequences += [[0]] * ((height or 0) - len(rows))
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     padded = pad_prompts(sequences, side, pad_to)
-    mask = padded["attention_mask"]
-    width = mask.shape[1]
-    kwargs: dict[str, Any] = {}
-    if side == "left" and (height or bool((mask == 0).any())):
-        kwargs["attention_mask"] = device.move(mask)
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-    last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
+    width = padded["input_ids"].shape[1]
     start = torch.zeros_like(lengths) if side == "right" else width - lengths
     # Padding stays within the positions that the model knows, whatever it is padded to.
     positions = (torch.arange(width)[None] - start[:, None]).clamp(min=0)
     positions = positions.minimum(lengths[:, None] - 1)
+    kwargs: dict[str, Any] = {}
+    if bool(start.any()):  # padding behind a row is out of its sight
+        kwargs["attention_mask"] = device.move(padded["attention_mask"])
+    if cache is not None:
+        kwargs["past_key_values"] = cache
     if model.takes_positions:
         kwargs["position_ids"] = device.move(positions)
-    logits, _ = model.next_logits(device.move(padded["input_ids"]), device.move(last), **kwargs)
+    last = device.move(start + lengths - 1)
+    logits, _ = model.next_logits(device.move(padded["input_ids"]), last, **kwargs)
     return logits
 
 
@@ -382,6 +390,47 @@ def _processors(
         if p.eta_cutoff > 0.0:
             chain.append(EtaLogitsWarper(p.eta_cutoff, device="cpu"))
     return LogitsProcessorList(chain) if chain else None
+
+
+@contextmanager
+def packed_weights(model: AnswerModel, device: Device) -> Iterator[None]:
+    """Inside, float32 products on a CPU run through oneDNN on weights laid out for it.
+
+    The numbers are the same but for rounding. torch gives these products to MKL, which leaves the
+    AVX-512 of AMD CPUs alone: on a Zen 5 oneDNN was 2.3 times as fast with 2,048 rows, 2.5 to 4
+    times with 16 to 64, 3 times with one. It costs a second copy of the weights; no gradients.
+    """
+    packed: list[Any] = []
+    compiled = getattr(model.model.base_model, "_compiled_call_impl", None)
+    if torch.backends.mkldnn.is_available() and device.autocast_dtype is None and not compiled:
+        packed = [module for module in model.modules() if _can_be_packed(module)]
+    for module in packed:
+        weight = module.weight.detach()
+        if isinstance(module, Conv1D):  # GPT-2's, [in, out]
+            weight = weight.t()
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight)
+        bias = None if module.bias is None else module.bias.detach()
+        module.forward = partial(_packed_linear, layout, bias)
+    try:
+        yield
+    finally:
+        for module in packed:
+            del module.forward
+
+
+def _can_be_packed(module: nn.Module) -> bool:
+    # A weight that is shared among ranks (FSDP) has a type of its own.
+    return (
+        type(module) in (nn.Linear, Conv1D)
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    )
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out]"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:

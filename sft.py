@@ -27,9 +27,13 @@ INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's
 
 
 class Stop:
-    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once."""
+    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once.
 
-    def __init__(self) -> None:
+    after: what is finished before, for the message.
+    """
+
+    def __init__(self, after: str = "this step") -> None:
+        self.after = after
         self.signal: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -41,7 +45,7 @@ class Stop:
             os._exit(INTERRUPTED + number)
         self.signal = number
         name = signal.Signals(number).name
-        message = f"\n{name}: stopping after this step; Ctrl-C once more stops at once\n"
+        message = f"\n{name}: stopping after {self.after}; Ctrl-C once more stops at once\n"
         os.write(sys.stderr.fileno(), message.encode())
 
     def requested(self) -> bool:
@@ -129,7 +133,7 @@ def main(argv: list[str]) -> int:
         if arguments.config is None:
             raise UserError("test: name a YAML file, or finished logs behind --compare")
         testing = load(TestConfig, arguments.config, arguments.overrides)
-        return test(testing, Stop(), arguments.quiet)
+        return test(testing, Stop("the next save_steps answers"), arguments.quiet)
     except UserError as error:
         complain(str(error))
     except OSError as error:  # a disk that is full or gone, a directory that is not ours
