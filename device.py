@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 from data import Batch
+
+if TYPE_CHECKING:
+    from model import AnswerModel
 
 WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}  # float32 otherwise
 AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -194,7 +197,7 @@ class Device:
 
     # ----------------------------------------------------------------------------- ranks
 
-    def parallel(self, model: nn.Module, blocks: Iterable[nn.Module], strategy: str) -> nn.Module:
+    def parallel(self, model: AnswerModel, blocks: Iterable[nn.Module], strategy: str) -> nn.Module:
         """The model on this device, as what the loop calls: several ranks add up their gradients.
 
         `ddp` keeps the whole model on every rank. `fsdp` (FSDP2) changes `model` in place: each
@@ -215,7 +218,7 @@ class Device:
             register_fsdp_forward_method(model, method)
         return model
 
-    def move_model(self, model: nn.Module) -> None:
+    def move_model(self, model: AnswerModel) -> None:
         model.to(self.torch_device)
 
     def exchange_gradients(self, model: nn.Module, now: bool) -> None:
@@ -464,7 +467,7 @@ class XlaDevice(Device):
             return "TPUs emulate float64; use 32 or bf16-mixed"
         return None
 
-    def move_model(self, model: nn.Module) -> None:
+    def move_model(self, model: AnswerModel) -> None:
         model.to(self.torch_device)
         model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
         # Where every layer sees all that came before, as one mask for all of them says.

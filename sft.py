@@ -144,8 +144,8 @@ def main(argv: list[str]) -> int:
         if not lost_rank(error):
             raise
         complain(
-            "another rank is gone (killed, or failed with a message of its own), so this one stops; "
-            "go on with trainer.ckpt_path=last"
+            "another rank is gone (killed, or failed with a message of its own), so this one "
+            "stops; go on with trainer.ckpt_path=last"
         )
         return 1
     return 2

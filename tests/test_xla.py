@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch_xla
-from conftest import cli, metrics_of, newest, process, rows, train_config, weights_of, write_yaml
 from torch_xla.debug import metrics as xla_metrics
 
 import device
+from conftest import cli, metrics_of, newest, process, rows, train_config, weights_of, write_yaml
 
 torch_xla.device()  # before the first backward pass: autograd counts the devices only once
 
@@ -101,7 +102,7 @@ def test_a_step_is_one_graph(
     monkeypatch.setattr(device.XlaDevice, "step", step)
     path = config(model_dirs["gpt_neo"], uneven, tmp_path / "run", "tpu")
     assert cli("train", path, "trainer.params.val_check_interval=12", "--quiet") == 0
-    between = {after - before for before, after in zip(executions[4:], executions[5:])}
+    between = {after - before for before, after in pairwise(executions[4:])}
     print(f"graphs run in a step of two micro-batches: {sorted(between)}")
     assert min(between) == 1
 
