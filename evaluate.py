@@ -561,7 +561,7 @@ def test_model(
             f"data.prompt_template: found {config.data.prompt_template!r}, but {place} was "
             f"trained with {template!r}; remove the key or put that one"
         )
-    source = DataSource.open(config.data.data_dir)
+    source = DataSource.configured(config.data)
     tokenizer = load_tokenizer(str(place))
     encoder = Encoder(tokenizer, template)
     prompts, counts = prepare_inference(

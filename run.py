@@ -129,7 +129,7 @@ class Run:
         self.directory = Path(config.trainer.checkpoint.dirpath)
         self.resumed_from = self._open_directory()
 
-        source = DataSource.open(config.data.data_dir)
+        source = DataSource.configured(config.data)
         self.remarks: list[str] = []
         self._load_model()
         self._load_data(source)
