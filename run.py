@@ -40,7 +40,8 @@ from data import (
     numbered,
 )
 from device import Device, StepResult
-from evaluate import check_token_ids, static_shape, summed_loss, validate
+from evaluate import static_shape, summed_loss, validate
+from generate import check_token_ids
 from model import (
     AnswerModel,
     architecture,
