@@ -352,7 +352,7 @@ def find_model(name: str, console: Console) -> Path | str:
             path, remarks = checkpoint.find(str(path), path)
             for remark in remarks:
                 console.warn(remark)
-            console.warn(f"{best}: there is none yet; {path} is tested")
+            console.warn(f"{best}: there is none yet; {path} is used")
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     return path

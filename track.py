@@ -91,9 +91,9 @@ class Console:
             self.bar = None
 
 
-def visible(text: str) -> str:
-    """The text on one line, with what is not printable (also escape sequences) written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def visible(text: str, keep: str = "") -> str:
+    """The text with what is not printable written out, line ends and escape sequences too."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 class Metrics:
