@@ -128,9 +128,15 @@ class Run:
         self.console = Console(quiet=quiet)
         self.device = Device(self.params.accelerator, self.params.precision)
         self.directory = Path(config.trainer.checkpoint.dirpath)
+        self.resumed_from: Path | None = None
         if not dry:
             self._open_directory()
-        self.resumed_from = self._resume_point()
+        try:
+            self.resumed_from = self._resume_point()
+        except UserError as error:
+            if not dry:
+                raise
+            self.console.warn(f"train would refuse this: {error}")
 
         self.source = DataSource.configured(config.data)
         self.remarks: list[str] = []
@@ -746,7 +752,7 @@ class Run:
         for name in ("question_key", "answer_key"):
             settings[f"data.{name}"] = getattr(data, name)
         try:
-            there = checkpoint.flat(resolved(load(TestConfig, file)))
+            there = checkpoint.flatten(resolved(load(TestConfig, file)))
         except UserError:
             there = {}
         overrides = [f"{name}={v}" for name, v in settings.items() if there.get(name) != v]
