@@ -52,7 +52,7 @@ def check(config: TrainConfig) -> int:
     twice, shared = run.overlap["duplicates"], run.overlap["train_test_overlap"]
     row("twice", f"{twice:,} pairs of train; {shared:,} questions of test are in train")
     for i in np.linspace(0, len(run.samples) - 1, min(SHOWN, len(run.samples))):
-        row("sample", run.shown_sample(int(i)))
+        run.show_sample(int(i))
     say("\n" + "\n".join(parameter_table(run)) + "\n")
     for label, text in measure(run):
         row(label, text)

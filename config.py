@@ -710,13 +710,6 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
 
 
-def compact(config: BaseModel) -> str:
-    """The resolved configuration in a few lines, for the console; it is valid YAML."""
-    return yaml.safe_dump(
-        resolved(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-    ).rstrip()
-
-
 def reference() -> str:
     """docs/configuration.md: every key with its default and meaning."""
     parts = [

@@ -25,7 +25,6 @@ from config import (
     TestConfig,
     TrainConfig,
     UserError,
-    compact,
     resolved,
 )
 from data import DataSource, Encoder, Prompt, Samples, collate, prepare_inference
@@ -216,15 +215,14 @@ def test_model(
     )
     model = AnswerModel(plain.to(device.torch_device)).eval()
     check_token_ids(config.generate_params, model, "generate_params")
-    console.say(compact(config) + "\n")
-    console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
+    row = console.row
+    row("model", f"{place}, {parameters_in(plain.parameters()):,} parameters")
     for remark in remarks:
-        console.say(f"          {remark}")
-    console.say(f"device    {device.describe()}, 32-true")
-    console.say(
-        f"data      {config.data.data_dir} [{config.data.split}]: {counts.describe()}, "
-        f"longest prompt {longest} tokens"
-    )
+        row("", remark)
+    row("device", f"{device.describe()}, 32-true")
+    row("data", f"{config.data.data_dir} [{config.data.split}]: {counts.describe()}")
+    new = config.generate_params.max_new_tokens
+    row("", f"longest prompt {longest} tokens, at most {new} new ones")
     log = AnswerLog(log_file, identity(config, place, source, template))
     records = log.open(len(prompts), config.test_params.save_steps)
     if records:

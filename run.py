@@ -58,7 +58,10 @@ from model import (
 )
 from track import CURVES, METRICS, Console, Curves, Metrics, WandbWriter, duration, visible
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
+PACKAGES = (
+    "torch transformers tokenizers safetensors numpy pydantic pyyaml nltk rouge-score wandb tqdm "
+    "matplotlib"
+).split()
 SAMPLE_ANSWERS = 3  # of the last validation that generates, shown at the end
 SHOWN_METRICS = {  # on the line of a validation; the one that selects `best` is always there
     "val_loss": "val loss",
@@ -355,6 +358,7 @@ class Run:
             "resumed_from": str(self.resumed_from) if self.resumed_from else None,
             "git_commit": _git_commit(),
             "python": platform.python_version(),
+            "platform": platform.platform(),
             "packages": {name: _version(name) for name in PACKAGES},
             "device": self.device.describe(),
             "precision": self.params.precision,
@@ -398,7 +402,7 @@ class Run:
                 f"{config.data.data_dir}: {self.overlap['duplicates']} pairs of train are "
                 f"duplicates, {self.overlap['train_test_overlap']} questions of test are in train"
             )
-        row("sample", self.shown_sample(0))
+        self.show_sample(0, longest=200)
         ranks, batches = self.device.world_size, params.accumulate_grad_batches
         row(
             "step",
@@ -427,11 +431,14 @@ class Run:
         else:
             row("resume", "the same command with trainer.ckpt_path=last goes on after a stop")
 
-    def shown_sample(self, i: int) -> str:
-        """Training sample i as text on one line, its target marked."""
+    def show_sample(self, i: int, longest: int | None = None) -> None:
+        """Print training sample i; of a text of more than `longest` characters its two ends."""
         ids, prompt = self.samples.ids(i)
-        decode = self.tokenizer.decode
-        return self.console.sample(decode(ids[:prompt]), decode(ids[prompt:]))
+        texts = [self.tokenizer.decode(part) for part in (ids[:prompt], ids[prompt:])]
+        if longest:
+            half = longest // 2
+            texts = [t if len(t) <= longest else f"{t[:half]} ... {t[-half:]}" for t in texts]
+        self.console.sample(*texts)
 
     # ------------------------------------------------------------------------ during the loop
 
@@ -775,7 +782,9 @@ def _command(resume: bool = False) -> str:
 def _git_commit() -> str | None:
     try:
         where = Path(__file__).parent
-        command = ["git", "-C", str(where), "rev-parse", "HEAD"]
+        # The full hash, with -dirty behind it if files have changed since.
+        words = "describe --always --dirty --abbrev=40 --exclude=*"
+        command = ["git", "-C", str(where), *words.split()]
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
         return result.stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -34,6 +34,7 @@ class Console:
         self.quiet = quiet
         self.bar: Any = None
         self.terminal = sys.stdout.isatty()
+        self.colour = self.terminal and "NO_COLOR" not in os.environ
 
     def start_bar(self, total: int, done: int) -> None:
         if not self.quiet and sys.stderr.isatty():
@@ -54,11 +55,10 @@ class Console:
             text = f"\n{'':{LABEL}}".join(lines)
         self.say(f"{label:<{LABEL}}{text}")
 
-    def sample(self, prompt: str, target: str) -> str:
+    def sample(self, prompt: str, target: str) -> None:
         """A sample on one line, with what is trained on in colour, or in [[ ]] off a terminal."""
-        if self.terminal and "NO_COLOR" not in os.environ:
-            return f"{visible(prompt)}\033[1;32m{visible(target)}\033[0m"
-        return f"{visible(prompt)}[[{visible(target)}]]"
+        before, after = ("\033[1;32m", "\033[0m") if self.colour else ("[[", "]]")
+        self.say(f"{'sample':<{LABEL}}{visible(prompt)}{before}{visible(target)}{after}")
 
     def say(self, text: str = "") -> None:
         if self.quiet:
@@ -227,7 +227,8 @@ def _read(run: Path) -> list[dict[str, Any]]:
 class WandbWriter:
     """Writes to W&B from a thread of its own: a slow or failing W&B never touches training."""
 
-    FINISH_SECONDS = 60.0
+    # How long the end of a run waits for what is not sent yet, and how long W&B has to answer.
+    FINISH_SECONDS, CONNECT_SECONDS = 60.0, 15.0
 
     def __init__(
         self,
@@ -240,6 +241,7 @@ class WandbWriter:
     ) -> None:
         self.console, self.project = console, settings.args.project_name
         self.queue: queue.Queue[tuple[str, Any] | None] = queue.Queue()
+        self.connected = False
         key = settings.api or os.environ.get("WANDB_API_KEY")
         self.mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
         self.arguments = (settings, directory, config, run_id, job_type)
@@ -257,12 +259,11 @@ class WandbWriter:
 
     def finish(self) -> None:
         self.queue.put(None)
-        self.thread.join(self.FINISH_SECONDS)
+        self.thread.join(self.CONNECT_SECONDS)
+        if self.connected:
+            self.thread.join(self.FINISH_SECONDS - self.CONNECT_SECONDS)
         if self.thread.is_alive():
-            self.console.warn(
-                f"W&B did not finish within {self.FINISH_SECONDS:.0f} s and is left behind; "
-                "metrics.jsonl has everything"
-            )
+            self.console.warn("W&B is not done and is left behind; metrics.jsonl has everything")
 
     def _work(self) -> None:
         try:
@@ -270,6 +271,7 @@ class WandbWriter:
         except Exception as error:  # whatever W&B raises must not stop the training
             self.console.warn(f"W&B is off for this run: {type(error).__name__}: {_line(error)}")
             return
+        self.connected = True
         while (item := self.queue.get()) is not None:
             kind, content = item
             try:
@@ -290,6 +292,7 @@ class WandbWriter:
 
     def _start(self) -> tuple[Any, Any]:
         settings, directory, config, run_id, job_type = self.arguments
+        os.environ.setdefault("WANDB_SILENT", "true")  # also what it says before it has settings
         import wandb
 
         logging.getLogger("wandb").setLevel(logging.ERROR)
@@ -307,7 +310,12 @@ class WandbWriter:
             mode=self.mode,  # type: ignore[arg-type]
             # Without W&B's own metadata: it holds the command line, which may hold the key.
             settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True
+                silent=True,
+                init_timeout=self.CONNECT_SECONDS,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                x_disable_meta=True,
             ),
         )
         run.define_metric("global_step")
