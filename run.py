@@ -640,8 +640,6 @@ class Run:
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
-            if self.saved_at is None:  # never only a best/, which cannot be resumed
-                self.save()
         self.answers = records[:SAMPLE_ANSWERS]
         shown = "  ".join(
             f"{SHOWN_METRICS.get(name, name)} {values[name]:.4f}"
@@ -651,11 +649,20 @@ class Run:
         mark = "  best" if state.best_step == state.global_step else ""
         took = duration(time.monotonic() - began)
         self.console.say(f"step {state.global_step:,}  {shown}  {took}{mark}")
+        self._exclude(began)
+        if state.best_value is not None and self.saved_at is None:
+            self.save()  # never only a best/, which cannot be resumed
         if not self.finished():  # the end draws anyway
+            began = time.monotonic()
             self.curves.draw()
-        self.window_started += time.monotonic() - began  # not training time
-        self.started += time.monotonic() - began
+            self._exclude(began)
         return True
+
+    def _exclude(self, began: float) -> None:
+        """The time since `began` is not training time."""
+        spent = time.monotonic() - began
+        self.started += spent
+        self.window_started += spent
 
     def save(self) -> Path:
         """Write a resumable checkpoint, then rotate older ones."""
@@ -679,9 +686,7 @@ class Run:
         keep = self.config.trainer.checkpoint.save_top_k
         checkpoint.rotate(self.directory, keep, {path, self.resumed_from or path})
         self.console.say(f"saved {path} in {duration(time.monotonic() - began)}")
-        spent = time.monotonic() - began
-        self.started += spent
-        self.window_started += spent
+        self._exclude(began)
         return path
 
     def _write(self, name: str, add: Callable[[Path], Any]) -> Path:
