@@ -204,7 +204,9 @@ class TrainData(Section):
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
-    on_tpu: bool = key(False, "static shapes: every batch padded to `max_length`", resume="free")
+    on_tpu: bool = key(
+        False, "static shapes: every batch padded to `max_length`; implied by `tpu`", resume="free"
+    )
     truncate_promt: bool = key(True, "shorten the question of a sample that is too long")
     prompt_template: Annotated[str, AfterValidator(_template)] = key(
         DEFAULT_TEMPLATE, "the prompt; holds `{question}` once"
@@ -280,6 +282,11 @@ class TrainerParams(Section):
     val_check_interval: Annotated[int | float, AfterValidator(_fraction_or_steps)] = key(
         1.0, "validate: float = share of an epoch, int = every so many steps", resume="free"
     )
+    strategy: Literal["ddp", "fsdp"] = key(
+        "ddp",
+        "with several ranks: `ddp` keeps a whole model on each, `fsdp` a slice of it",
+        resume="free",
+    )
     compile: bool = key(False, "`torch.compile` the model", resume="free")
     gradient_checkpointing: bool = key(
         False, "recompute blocks in the backward pass: less memory, a third slower", resume="free"
@@ -329,6 +336,13 @@ class TrainConfig(Section):
         params = self.trainer.params
         if params.max_epochs == -1 and params.max_steps is None:
             yield "trainer.params.max_epochs: found -1 (endless), but max_steps is not set"
+        if params.strategy == "fsdp":
+            for name, on in (
+                ("model_params.cache_frozen_prefix", self.model_params.cache_frozen_prefix),
+                ("trainer.params.compile", params.compile),
+            ):
+                if on:
+                    yield f"{name}: does not go together with trainer.params.strategy: fsdp"
         if params.max_epochs == 0:
             yield "trainer.params.max_epochs: found 0; allowed: an integer >= 1, or -1"
         yield from _generation_contradictions(
@@ -357,7 +371,9 @@ class TestParams(Section):
     from_scratch: bool = key(
         False, "a model directory without weights is initialised from `seed`: a baseline"
     )
-    save_steps: PositiveInt = key(200, "samples between two flushes to the disk")
+    save_steps: PositiveInt = key(
+        200, "answers between two writes to the disk; a stop waits for the started ones"
+    )
     test_model_path: str | list[str | None] | None = key(
         None,
         "run, checkpoint or model directory to test; null: `model_name`; a list compares them",
@@ -367,6 +383,7 @@ class TestParams(Section):
 
 class TestConfig(Section):
     cuda: bool = key(False, "use a CUDA GPU; an error when there is none")
+    tpu: bool = key(False, "use a TPU through torch_xla; an error when there is none")
     data: TestData
     generate_params: GenerateParams = section(GenerateParams)
     model_name: str = key(..., "hub id or local directory")
@@ -377,6 +394,8 @@ class TestConfig(Section):
     def contradictions(self) -> Iterator[str]:
         yield from _generation_contradictions("generate_params", self.generate_params)
         paths = self.test_params.test_model_path
+        if self.cuda and self.tpu:
+            yield "tpu: found true, and so is cuda; allowed: one of them"
         if isinstance(paths, list) and len(paths) < 2:
             yield "test_params.test_model_path: found a list of less than two; nothing to compare"
 

@@ -327,6 +327,8 @@ class Encoder:
     def _ids(
         self, texts: list[str], *, special: bool = False, split: bool = True
     ) -> list[list[int]]:
+        if not texts:
+            return []
         encoded = self.tokenizer(
             texts,
             add_special_tokens=special,

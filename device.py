@@ -1,25 +1,35 @@
-"""The one place that knows about cpu, cuda and mps, about precision and about ranks.
+"""The one place that knows about cpu, cuda, mps and xla, about precision and about ranks.
+
+    device = open_device("auto", "bf16-mixed")
 
 The training loop asks a `Device` for everything that differs between machines and never branches
-on one itself.
+on one itself. Several processes are started by `torchrun`; `Device.ranks` is what they say to each
+other.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import os
 import random
 import resource
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 from data import Batch
@@ -42,30 +52,118 @@ class StepResult:
     overflow: bool
 
 
-class Device:
-    def __init__(
-        self,
-        accelerator: str = "auto",
-        precision: str = "32-true",
-        key: str = "trainer.params.accelerator",
-    ) -> None:
-        """`key` is the configuration key to name in messages.
+Result = TypeVar("Result")
 
-        Raises:
-            UserError: the accelerator is absent or cannot do the precision.
+
+class Ranks:
+    """The processes that work on one run: those that torchrun started, or this one alone.
+
+    rank, world_size: among all of them; local_rank: among those of this machine.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size > 1 and not distributed.is_initialized():
+            # gloo carries what the host decides, whatever carries the gradients. The group is never
+            # destroyed: its destructor may wait for a thread that waits for Python's lock.
+            backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            distributed.init_process_group(backend)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(int(flag))
+        distributed.all_reduce(value, distributed.ReduceOp.MAX)
+        return bool(value)
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all ranks, in the order of the ranks, on every one of them."""
+        values: list[Any] = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """Call it on rank 0 alone; its result on every rank.
+
+        If it fails, rank 0 raises the error (and so reports it) and the others just exit.
         """
-        self.torch_device = torch.device(_choose(accelerator, key))
-        self.kind = self.torch_device.type
+        if self.world_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = function()
+            except (UserError, OSError) as error:
+                outcome[1] = error
+        distributed.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1] if self.rank == 0 else UserError("")
+        return outcome[0]
+
+    @contextmanager
+    def one_by_machine(self) -> Iterator[None]:
+        """Inside, the first rank of each machine goes ahead and the others follow when it is done.
+
+        For work whose result is kept on the machine's disk, so that it is done once.
+        """
+        if self.local_rank > 0:
+            self.any(False)
+        try:
+            yield
+        finally:
+            if self.local_rank == 0:
+                self.any(False)
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone, as gloo and NCCL put it."""
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
+
+
+class Device:
+    """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
+
+    static_shapes: every batch must have the same shape, because each new one is compiled.
+    shards: devices that this process spreads each batch over (the chips of a TPU).
+    lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
+    """
+
+    static_shapes = False
+    shards = 1
+    lockstep = False
+
+    def __init__(self, kind: str, precision: str = "32-true") -> None:
+        """
+        Raises:
+            UserError: it cannot do the precision.
+        """
+        self.ranks = Ranks(kind)
+        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
+        index = self.ranks.local_rank if kind == "cuda" else None
+        self.torch_device = torch.device(kind) if index is None else torch.device(kind, index)
+        self.kind = kind
         self.precision = precision
         self.weights_dtype = WEIGHTS.get(precision, torch.float32)
         self.autocast_dtype = AUTOCAST.get(precision)
-        self.rank, self.world_size = 0, 1
         if self.kind == "mps" and precision in ("64-true",):
             raise UserError("trainer.params.precision: found 64; MPS has no float64")
         self.scaler = torch.amp.GradScaler(self.kind, enabled=precision == "16-mixed")
         if self.kind == "cpu":
             _keep_freed_memory()
         if self.kind == "cuda":
+            torch.cuda.set_device(self.torch_device)
             # Full float32 products for precision 32: TF32 keeps 10 of 23 bits. Whoever wants
             # speed on tensor cores asks for bf16-mixed, which says so in the configuration.
             torch.set_float32_matmul_precision("highest")
@@ -90,18 +188,105 @@ class Device:
             return "float64 runs at 1/2 to 1/64 of float32's rate on GPUs"
         return None
 
+    # ----------------------------------------------------------------------------- ranks
+
+    def parallel(self, model: nn.Module, blocks: Iterable[nn.Module], strategy: str) -> nn.Module:
+        """The model on this device, as what the loop calls: several ranks add up their gradients.
+
+        `ddp` keeps the whole model on every rank. `fsdp` (FSDP2) changes `model` in place: each
+        rank keeps a slice of every parameter, and whole ones exist for one block at a time.
+        """
+        if self.world_size == 1 or strategy == "ddp":
+            self.move_model(model)
+        if self.world_size == 1:
+            return model
+        if strategy == "ddp":
+            return DistributedDataParallel(
+                model, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        self.lockstep = True
+        mesh = init_device_mesh(self.kind, (self.world_size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for method in ("next_logits", "target_losses"):
+            register_fsdp_forward_method(model, method)
+        return model
+
+    def move_model(self, model: nn.Module) -> None:
+        model.to(self.torch_device)
+
+    def exchange_gradients(self, model: nn.Module, now: bool) -> None:
+        """Whether the next backward pass ends with adding up the gradients over the ranks.
+
+        Once a step is enough for DDP. FSDP does it in every pass: to wait would mean to keep
+        whole gradients, and it is there to keep slices.
+        """
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = now
+
+    def together(self, busy: bool) -> bool:
+        """Whether to run another forward pass: in lockstep, as long as any rank has work."""
+        return self.ranks.any(busy) if self.lockstep else busy
+
+    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's state dict in host memory, whole tensors; every rank must ask for it.
+
+        Names that share a tensor still share it.
+        """
+        named = model.state_dict(keep_vars=True)
+        whole = {
+            id(tensor): _whole(tensor) for tensor in {id(t): t for t in named.values()}.values()
+        }
+        return {name: whole[id(tensor)] for name, tensor in named.items()}
+
+    def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """`optimizer.state_dict()` with whole tensors in host memory; every rank must ask."""
+        content = optimizer.state_dict()
+        state = {
+            i: {name: _whole(value) for name, value in values.items()}
+            for i, values in content["state"].items()
+        }
+        return {"state": state, "param_groups": content["param_groups"]}
+
+    def load_optimizer_state(
+        self, optimizer: torch.optim.Optimizer, content: dict[str, Any]
+    ) -> None:
+        """Take over what `whole_optimizer_state` gave, on any device and number of ranks."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {}
+        for i, values in content["state"].items():
+            p = parameters[i]
+            state[i] = {
+                name: distribute_tensor(value, p.device_mesh, p.placements)
+                if isinstance(p, DTensor) and value.shape == p.shape
+                else value
+                for name, value in values.items()
+            }
+        # How the update is computed belongs to this device and not to the one that wrote it.
+        groups = [
+            before | {name: now[name] for name in ("fused", "foreach", "capturable")}
+            for before, now in zip(content["param_groups"], optimizer.param_groups)
+        ]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
     # -------------------------------------------------------------------------- one step
 
-    def feed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches on the device, each copied there while the one before is worked on."""
+    def feed(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """(batch on the device, whether it is the last), each copied while another is worked on."""
         ready: Batch | None = None
-        for batch in batches:
-            moved = self.place(batch)
+        for batch in self._upload(batches):
             if ready is not None:
-                yield ready
-            ready = moved
+                yield ready, False
+            ready = batch
         if ready is not None:
-            yield ready
+            yield ready, True
+
+    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return map(self.place, batches)
+
+    def synchronise(self) -> None:
+        """The end of a piece of work, for devices that collect operations before they run them."""
 
     def place(self, batch: Batch) -> Batch:
         return replace(
@@ -119,7 +304,7 @@ class Device:
 
     def zero(self) -> Tensor:
         """A float64 zero for sums; float32 where the device has no float64."""
-        dtype = torch.float32 if self.kind == "mps" else torch.float64
+        dtype = torch.float32 if self.kind in ("mps", "xla") else torch.float64
         return torch.zeros((), dtype=dtype, device=self.torch_device)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -128,7 +313,9 @@ class Device:
         return torch.autocast(self.kind, dtype=self.autocast_dtype)
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        """Add this micro-batch's share of the step's mean loss to the gradients."""
+        # DDP and FSDP take the mean over the ranks; a step's gradient is the sum.
+        self.scaler.scale(loss * self.world_size).backward()
 
     def step(
         self,
@@ -137,18 +324,22 @@ class Device:
         clip: float | None,
         loss: Tensor,
     ) -> StepResult:
-        """Unscale, clip, update and clear the gradients.
+        """Unscale, clip, update and clear the gradients; `loss` is this rank's sum.
 
         A non-finite loss or norm leaves weights and optimizer state as they are. This is where
         the host waits for the device, once a step.
         """
         self.scaler.unscale_(optimizer)
+        loss = self.ranks.add(loss)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()
         applied = math.isfinite(loss_value) and math.isfinite(norm_value)
         if applied:
             if clip and norm_value > clip:
-                torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+                for p in parameters:
+                    if p.grad is not None:  # the factor of torch's clip_grad_norm_
+                        p.grad.mul_(clip / (norm_value + 1e-6))
             self.scaler.step(optimizer)
         scale = self.scaler.get_scale()
         self.scaler.update()
@@ -172,6 +363,8 @@ class Device:
     # ------------------------------------------------------------------------ randomness
 
     def seed(self, seed: int) -> None:
+        """Seed every generator; each rank draws numbers of its own, for dropout."""
+        seed += self.rank
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -226,6 +419,130 @@ def _keep_freed_memory() -> None:
     mallopt(m_top_pad, 64 * 2**20)
 
 
+class XlaDevice(Device):
+    """A TPU, or whatever else PJRT_DEVICE names, through torch_xla.
+
+    Operations are collected into a graph, which is compiled when it is new and runs at a
+    `synchronise`. So shapes never change, a step is one graph with one break behind it, and
+    nothing in between asks for a value. One process drives all chips of the machine: batches are
+    split among them, parameters are on each, and XLA adds up the gradients (SPMD). A successor of
+    torch_xla belongs here and nowhere else.
+    """
+
+    static_shapes = True
+
+    def __init__(self, kind: str, precision: str = "32-true") -> None:
+        import torch_xla
+        from torch_xla.core import xla_model
+
+        if precision == "16-mixed":
+            raise UserError("trainer.params.precision: found 16; TPUs compute in bf16: bf16-mixed")
+        super().__init__(kind, precision)
+        self.xla, self.xla_model = torch_xla, xla_model
+        if self.world_size > 1:
+            raise UserError(
+                "trainer.params.accelerator: a TPU has one process; start it without torchrun"
+            )
+        runtime = torch_xla.runtime
+        self.shards = runtime.global_runtime_device_count()
+        self.sharding = None
+        if self.shards > 1:
+            from torch_xla.distributed import spmd
+
+            runtime.use_spmd()
+            mesh = spmd.Mesh(np.arange(self.shards), (self.shards,), ("batch",))
+            self.sharding = spmd.ShardingSpec(mesh, ("batch", None))
+        self.torch_device = torch_xla.device()
+
+    def describe(self) -> str:
+        return f"xla ({self.shards} x {self.xla.runtime.device_type()})"
+
+    def slow_precision(self) -> str | None:
+        if self.precision == "64-true":
+            return "TPUs emulate float64; use 32 or bf16-mixed"
+        return None
+
+    def move_model(self, model: nn.Module) -> None:
+        model.to(self.torch_device)
+        model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
+        # Where every layer sees all that came before, as one mask for all of them says.
+        text = model.model.config.get_text_config()
+        model.makes_masks = getattr(text, "sliding_window", None) is None
+
+    def synchronise(self) -> None:
+        self.xla.sync()
+
+    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        from torch_xla.distributed.parallel_loader import ParallelLoader
+
+        # Without its iterator, which would break the graph between backward pass and update.
+        loader = ParallelLoader(batches, [self.torch_device], input_sharding=self.sharding)
+        try:
+            while (batch := loader.next_item(self.torch_device)) is not None:
+                yield batch
+        finally:
+            loader.close()
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        clip: float | None,
+        loss: Tensor,
+    ) -> StepResult:
+        """As in `Device`, but inside the graph: whether to update is decided on the device."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        applied = loss.isfinite() & norm.isfinite()
+        if clip:
+            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+            for grad in grads:
+                grad.mul_(factor)
+        before = {id(t): t.clone() for t in _updated(optimizer)}
+        optimizer.step()
+        with torch.no_grad():
+            for t in _updated(optimizer):
+                t.copy_(torch.where(applied, t, before.get(id(t), torch.zeros_like(t))))
+        optimizer.zero_grad(set_to_none=True)
+        values = torch.stack([loss, norm, applied.float()])
+        self.synchronise()
+        loss_value, norm_value, good = values.tolist()
+        return StepResult(loss_value, norm_value, bool(good), overflow=False)
+
+    def peak_memory(self) -> int:
+        try:
+            return int(self.xla_model.get_memory_info(self.torch_device)["peak_bytes_used"])
+        except (KeyError, RuntimeError):  # PJRT's CPU does not say
+            return super().peak_memory()
+
+    def rng_state(self) -> dict[str, Any]:
+        return super().rng_state() | {"xla": self.xla_model.get_rng_state()}
+
+    def seed(self, seed: int) -> None:
+        super().seed(seed)
+        self.xla_model.set_rng_state(seed)
+
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        super().set_rng_state(state)
+        if "xla" in state:
+            self.xla_model.set_rng_state(state["xla"])
+
+
+def _updated(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor that a step of the optimizer changes."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            yield p
+            yield from (v for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))
+
+
+def _whole(value: Any) -> Any:
+    """A tensor in host memory, put together from the slices of all ranks; others as they are."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
 def available() -> list[str]:
     """The accelerators of this machine, best first."""
     found = []
@@ -233,15 +550,27 @@ def available() -> list[str]:
         found.append("cuda")
     if torch.backends.mps.is_available():
         found.append("mps")
+    if find_spec("torch_xla") and (os.environ.get("PJRT_DEVICE") or glob("/dev/accel*")):
+        # In front only where there is a TPU: PJRT_DEVICE=CPU is for trying things out.
+        found.insert(0 if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" else len(found), "tpu")
     return [*found, "cpu"]
 
 
-def _choose(accelerator: str, key: str) -> str:
+def open_device(
+    accelerator: str = "auto",
+    precision: str = "32-true",
+    key: str = "trainer.params.accelerator",
+) -> Device:
+    """The device that the configuration asks for; `key` is the key to name in messages.
+
+    Raises:
+        UserError: the accelerator is absent or cannot do the precision.
+    """
     there = available()
-    wanted = {"auto": there[0], "gpu": "cuda", "tpu": "xla"}.get(accelerator, accelerator)
+    wanted = {"auto": there[0], "gpu": "cuda"}.get(accelerator, accelerator)
     if wanted not in there:
         raise UserError(
             f"{key}: found {accelerator!r}, which this machine does not "
             f"have; allowed here: {', '.join(['auto', *there])}"
         )
-    return wanted
+    return XlaDevice("xla", precision) if wanted == "tpu" else Device(wanted, precision)

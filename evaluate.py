@@ -1,4 +1,4 @@
-"""Answers and how good they are: batched generation, scores, the `test` command."""
+"""How good a model is: validation, scored answers, the `test` command."""
 
 from __future__ import annotations
 
@@ -11,45 +11,35 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
-from transformers.cache_utils import DynamicLayer
 
 import checkpoint
 import metrics
 import report
 from config import (
     DEFAULT_TEMPLATE,
-    GenerateParams,
     TestConfig,
     TrainConfig,
     UserError,
     compact,
     resolved,
 )
-from data import DataSource, Encoder, Prompt, Samples, collate, pad_prompts, prepare_inference
-from device import Device
+from data import (
+    DataSource,
+    Encoder,
+    Prompt,
+    Samples,
+    collate,
+    micro_batches,
+    prepare_inference,
+)
+from device import Device, open_device
+from generate import Answer, check_token_ids, generate, packed_weights
 from model import (
     AnswerModel,
     check_fits,
@@ -59,336 +49,6 @@ from model import (
     parameters_in,
 )
 from track import Console, WandbWriter, duration
-
-REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
-SHIFT_EVERY = 64
-
-
-@dataclass
-class Answer:
-    """tokens: generated ids without the EOS; ended: an EOS came before `max_new_tokens`."""
-
-    prompt: Prompt
-    tokens: list[int]
-    ended: bool
-
-
-# ---------------------------------------------------------------------------------- generation
-
-
-class _Slots(DynamicLayer):
-    """One layer's keys and values, [B, H, capacity, D], written in place.
-
-    transformers' own layer copies everything at each token (torch.cat). Here rows are
-    right-aligned: all end at column `end`, and the columns [begin, end) are in use.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values = keys, values
-        self.rows = self.begin = self.end = 0
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append key, value [B, H, 1, D]; returns views of all columns in use."""
-        place = slice(self.end, self.end + key.shape[2])
-        self.keys[: self.rows, :, place] = key
-        self.values[: self.rows, :, place] = value
-        used = slice(self.begin, place.stop)
-        return self.keys[: self.rows, :, used], self.values[: self.rows, :, used]
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.end - self.begin
-
-
-class _SlotCache:
-    """The key-value cache of a batch whose rows come and go.
-
-    lengths: int [rows], how many of the newest columns belong to each row.
-    """
-
-    def __init__(self, batch_size: int, room: int) -> None:
-        self.batch_size, self.room = batch_size, room
-        self.cache: DynamicCache | None = None
-        self.lengths = np.zeros(0, dtype=np.int64)
-        self.end = 0
-
-    @property
-    def layers(self) -> list[_Slots]:
-        assert self.cache is not None
-        return self.cache.layers
-
-    def add(self, filled: DynamicCache, lengths: np.ndarray, side: str) -> None:
-        """Take over the rows of a prefilled cache, padded on `side`."""
-        width = filled.layers[0].keys.shape[2]
-        if self.cache is None:
-            # Rows are shifted back to the left once in so many tokens.
-            capacity = max(self.room, width) + SHIFT_EVERY
-            self.cache = DynamicCache()
-            self.cache.layers = []
-            for layer in filled.layers:
-                shape = (self.batch_size, layer.keys.shape[1], capacity)
-                keys = layer.keys.new_zeros((*shape, layer.keys.shape[3]))
-                self.cache.layers.append(
-                    _Slots(keys, keys.new_zeros((*shape, layer.values.shape[3])))
-                )
-        first = len(self.lengths)
-        self._move_end(max(self.end if first else 0, int(lengths.max())))
-        for layer, new in zip(self.layers, filled.layers):
-            for i, length in enumerate(lengths.tolist()):
-                start = 0 if side == "right" else width - length
-                source, place = slice(start, start + length), slice(self.end - length, self.end)
-                layer.keys[first + i, :, place] = new.keys[i, :, source]
-                layer.values[first + i, :, place] = new.values[i, :, source]
-        self.lengths = np.concatenate([self.lengths, lengths])
-        self._set_view()
-
-    def keep(self, rows: list[int]) -> None:
-        """Make `rows`, in this order, all there is; a row that keeps its place is not copied."""
-        used = slice(self.layers[0].begin, self.layers[0].end)
-        for place, row in enumerate(rows):
-            if place != row:
-                for layer in self.layers:
-                    layer.keys[place, :, used] = layer.keys[row, :, used]
-                    layer.values[place, :, used] = layer.values[row, :, used]
-        self.lengths = self.lengths[rows]
-        self._set_view()
-
-    def advance(self) -> None:
-        """One more token stands in every row."""
-        self.end += 1
-        self.lengths += 1
-        self._set_view()
-
-    def attention_mask(self) -> Tensor | None:
-        """int64 [rows, columns + 1] for the next token; None when no row has padding."""
-        if (self.lengths == self.lengths.max()).all():
-            return None
-        width = int(self.lengths.max()) + 1
-        columns = np.arange(width)[None] >= width - 1 - self.lengths[:, None]
-        return torch.from_numpy(columns.astype(np.int64))
-
-    def _set_view(self) -> None:
-        longest = int(self.lengths.max()) if len(self.lengths) else 0
-        if self.layers and self.end == self.layers[0].keys.shape[2]:
-            self._move_end(longest)
-        for layer in self.layers:
-            layer.rows, layer.begin, layer.end = len(self.lengths), self.end - longest, self.end
-
-    def _move_end(self, end: int) -> None:
-        """Shift the rows so that they end at column `end`."""
-        longest, rows = int(self.lengths.max()) if len(self.lengths) else 0, len(self.lengths)
-        if longest and end != self.end:
-            source, place = slice(self.end - longest, self.end), slice(end - longest, end)
-            for layer in self.layers:
-                layer.keys[:rows, :, place] = layer.keys[:rows, :, source].clone()
-                layer.values[:rows, :, place] = layer.values[:rows, :, source].clone()
-        self.end = end
-
-
-@dataclass
-class _Row:
-    prompt: Prompt
-    tokens: list[int]
-    choose: Callable[[Tensor], int] | None
-    processors: LogitsProcessorList | None
-
-    def sequence(self) -> list[int]:
-        return self.prompt.input_ids + self.tokens
-
-
-@torch.inference_mode()
-def generate(
-    model: AnswerModel,
-    prompts: Sequence[Prompt],
-    params: GenerateParams,
-    device: Device,
-    *,
-    eos: int,
-    seed: int,
-    batch_size: int = 16,
-    use_cache: bool = True,
-    padding_side: str = "left",
-    pad_to: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Answer]:
-    """Answer prompts, `batch_size` at a time, yielding each as it is finished.
-
-    Rows that are finished leave the batch and new prompts take their places, longest first. An
-    answer depends on its own prompt, row number and `seed` only: the batch, the padding and the
-    order change nothing but float rounding.
-
-    Args:
-        eos: what ends an answer unless `params.eos_token_id` says otherwise.
-        pad_to: pad prompts to at least this length; None: to the longest of those that enter
-            together.
-        should_stop: asked before each token; true ends the iteration.
-    """
-    ends = params.eos_token_id if params.eos_token_id is not None else eos
-    end_ids = set(ends) if isinstance(ends, list) else {ends}
-    waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
-    longest = len(waiting[-1].input_ids) if waiting else 0
-    use_cache = use_cache and model.takes_cache
-    cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
-    active: list[_Row] = []
-    while (waiting or active) and not should_stop():
-        entered: list[_Row] = []
-        free = batch_size - len(active)
-        if waiting and (free * REFILL_SHARE >= batch_size or not active):
-            entered = [
-                _new_row(waiting.pop(), params, end_ids, seed)
-                for _ in range(min(free, len(waiting)))
-            ]
-        with device.autocast():
-            if not use_cache:
-                active += entered
-                chosen = _next(active, _whole(model, active, device, padding_side, pad_to, None))
-            elif entered:
-                # The rows that are already there wait for one prefill; they go on just after it.
-                filled = DynamicCache()
-                logits = _whole(model, entered, device, padding_side, pad_to, filled)
-                lengths = np.array([len(row.prompt.input_ids) for row in entered])
-                cache.add(filled, lengths, padding_side)
-                active += entered
-                chosen = [*[None] * (len(active) - len(entered)), *_next(entered, logits)]
-            else:
-                chosen = _next(active, _one_token(model, active, cache, device))
-                cache.advance()
-        staying: list[int] = []
-        for i, (row, token) in enumerate(zip(active, chosen)):
-            if token is not None and token in end_ids:
-                yield Answer(row.prompt, row.tokens, True)
-                continue
-            if token is not None:
-                row.tokens.append(token)
-            if len(row.tokens) >= params.max_new_tokens:
-                yield Answer(row.prompt, row.tokens, False)
-                continue
-            staying.append(i)
-        if len(staying) < len(active):
-            # The last rows move into the places that became free.
-            holes = [i for i in range(len(staying)) if i not in staying]
-            order = [
-                i if i in staying else staying[-1 - holes.index(i)] for i in range(len(staying))
-            ]
-            active = [active[i] for i in order]
-            if use_cache:
-                cache.keep(order)
-
-
-def _whole(
-    model: AnswerModel,
-    rows: list[_Row],
-    device: Device,
-    side: str,
-    pad_to: int | None,
-    cache: DynamicCache | None,
-) -> Tensor:
-    """Logits [B, V] after whole sequences, which also fills `cache` if there is one."""
-    sequences = [row.sequence() for row in rows]
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    padded = pad_prompts(sequences, side, pad_to)
-    mask = padded["attention_mask"]
-    width = mask.shape[1]
-    kwargs: dict[str, Any] = {}
-    if side == "left" and bool((mask == 0).any()):
-        kwargs["attention_mask"] = device.move(mask)
-    if cache is not None:
-        kwargs["past_key_values"] = cache
-    last = lengths - 1 if side == "right" else torch.full_like(lengths, width - 1)
-    start = torch.zeros_like(lengths) if side == "right" else width - lengths
-    # Padding stays within the positions that the model knows, whatever it is padded to.
-    positions = (torch.arange(width)[None] - start[:, None]).clamp(min=0)
-    positions = positions.minimum(lengths[:, None] - 1)
-    if model.takes_positions:
-        kwargs["position_ids"] = device.move(positions)
-    logits, _ = model.next_logits(device.move(padded["input_ids"]), device.move(last), **kwargs)
-    return logits
-
-
-def _one_token(model: AnswerModel, rows: list[_Row], cache: _SlotCache, device: Device) -> Tensor:
-    """Logits [B, V] after each row's newest token, which enters the cache."""
-    ids = torch.tensor([[row.tokens[-1]] for row in rows])
-    kwargs: dict[str, Any] = {"past_key_values": cache.cache}
-    mask = cache.attention_mask()
-    if mask is not None:
-        kwargs["attention_mask"] = device.move(mask)
-    if model.takes_positions:
-        kwargs["position_ids"] = device.move(torch.from_numpy(cache.lengths.copy())[:, None])
-    last = torch.zeros(len(rows), dtype=torch.long)
-    logits, _ = model.next_logits(device.move(ids), device.move(last), **kwargs)
-    return logits
-
-
-def _next(rows: list[_Row], logits: Tensor) -> list[int | None]:
-    if all(row.choose is None and row.processors is None for row in rows):
-        return list(logits.argmax(-1).tolist())
-    chosen: list[int | None] = []
-    for row, scores in zip(rows, logits.cpu()):
-        scores = scores[None]
-        if row.processors is not None:
-            scores = row.processors(torch.tensor([row.sequence()]), scores)
-        chosen.append(int(scores.argmax(-1)) if row.choose is None else row.choose(scores[0]))
-    return chosen
-
-
-def _new_row(prompt: Prompt, params: GenerateParams, end_ids: set[int], seed: int) -> _Row:
-    processors = _processors(params, len(prompt.input_ids), sorted(end_ids))
-    if not params.do_sample:
-        return _Row(prompt, [], None, processors)
-    state = np.random.SeedSequence([seed, prompt.row]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
-
-    def choose(scores: Tensor) -> int:
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-
-    return _Row(prompt, [], choose, processors)
-
-
-def _processors(
-    params: GenerateParams, prompt_length: int, end_ids: list[int]
-) -> LogitsProcessorList | None:
-    """transformers' own processors, in the order in which its `generate` applies them."""
-    p = params
-    chain: list[Any] = []
-    if p.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
-    if p.no_repeat_ngram_size:
-        chain.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
-    if p.bad_words_ids:
-        chain.append(NoBadWordsLogitsProcessor(p.bad_words_ids, eos_token_id=end_ids))
-    if p.min_new_tokens:
-        chain.append(
-            MinNewTokensLengthLogitsProcessor(
-                prompt_length, p.min_new_tokens, end_ids, device="cpu"
-            )
-        )
-    if p.suppress_tokens:
-        chain.append(SuppressTokensLogitsProcessor(p.suppress_tokens, device="cpu"))
-    if p.begin_suppress_tokens:
-        chain.append(
-            SuppressTokensAtBeginLogitsProcessor(
-                p.begin_suppress_tokens, prompt_length, device="cpu"
-            )
-        )
-    if p.do_sample:
-        if p.temperature != 1.0:
-            chain.append(TemperatureLogitsWarper(p.temperature))
-        if p.top_k:
-            chain.append(TopKLogitsWarper(p.top_k))
-        if p.top_p < 1.0:
-            chain.append(TopPLogitsWarper(p.top_p))
-        if p.min_p is not None:
-            chain.append(MinPLogitsWarper(p.min_p))
-        if p.typical_p < 1.0:
-            chain.append(TypicalLogitsWarper(mass=p.typical_p))
-        if p.epsilon_cutoff > 0.0:
-            chain.append(EpsilonLogitsWarper(p.epsilon_cutoff))
-        if p.eta_cutoff > 0.0:
-            chain.append(EtaLogitsWarper(p.eta_cutoff, device="cpu"))
-    return LogitsProcessorList(chain) if chain else None
-
 
 # ---------------------------------------------------------------------------------- validation
 
@@ -404,52 +64,38 @@ def summed_loss(
 ) -> tuple[float, int] | None:
     """(summed loss, number of targets) over samples, longest first; None if stopped.
 
-    The quotient of the two is the validation loss; it does not depend on the batch size.
+    The quotient of the two is the validation loss; it does not depend on the batch size. The
+    ranks share the samples, and all of them get the sums over all.
+
+    Args:
+        shape: (B, T) that every batch is padded to; None: to its longest sample.
+        max_batches: of each rank.
     """
+    ranks = device.ranks
     order = np.argsort(-samples.lengths, kind="stable")
-    starts = range(0, len(order), batch_size)
-    batches = [order[i : i + batch_size] for i in starts][:max_batches]
-    total, targets = torch.zeros((), dtype=torch.float64), 0
-    with torch.no_grad(), _evaluating(model):
-        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in batches)
-        for batch in device.feed(made):
-            if should_stop():
+    if max_batches is not None:
+        order = order[: max_batches * batch_size * ranks.world_size]
+    parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
+    total = device.zero()
+    with torch.no_grad(), _evaluating(model, device):
+        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
+        for batch, _ in device.feed(made):
+            if ranks.any(should_stop()):
                 return None
             with device.autocast():
-                total += model(batch).cpu().double()
-            targets += int(samples.target_lengths[batch.rows].sum())
-    return float(total), targets
-
-
-def static_shape(config: TrainConfig) -> tuple[int, int] | None:
-    """(B, T) that every batch is padded to with `data.on_tpu`, else None."""
-    return (config.data.batch_size, config.data.max_length) if config.data.on_tpu else None
-
-
-def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:
-    """Raise a UserError for a token id that the model does not have."""
-    known = model.model.get_input_embeddings().num_embeddings
-    ends = params.eos_token_id or []
-    named = {
-        "bad_words_ids": [token for word in params.bad_words_ids or [] for token in word],
-        "suppress_tokens": params.suppress_tokens or [],
-        "begin_suppress_tokens": params.begin_suppress_tokens or [],
-        "eos_token_id": ends if isinstance(ends, list) else [ends],
-    }
-    for name, tokens in named.items():
-        if tokens and max(tokens) >= known:
-            raise UserError(
-                f"{where}.{name}: found token {max(tokens)}; allowed: 0 to {known - 1}, the model's"
-            )
+                total += model(batch)
+            device.synchronise()
+    return float(ranks.add(total)), int(samples.target_lengths[order].sum())
 
 
 @contextmanager
-def _evaluating(model: AnswerModel) -> Iterator[None]:
-    """Dropout off inside, as it was before outside."""
+def _evaluating(model: AnswerModel, device: Device) -> Iterator[None]:
+    """Dropout off and weights packed inside, as it was before outside."""
     training = model.training
     model.eval()
     try:
-        yield
+        with packed_weights(model, device):
+            yield
     finally:
         model.train(training)
 
@@ -461,34 +107,38 @@ def validate(
     encoder: Encoder,
     config: TrainConfig,
     device: Device,
+    batch_size: int,
+    shape: tuple[int, int] | None,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
     """Validation metrics, and the answered `prompts` with their scores; None if stopped.
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    size, shape = config.data.batch_size, static_shape(config)
-    result = summed_loss(model, samples, device, size, should_stop, shape)
+    result = summed_loss(model, samples, device, batch_size, should_stop, shape)
     if result is None:
         return None
     loss = result[0] / result[1]
     values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
     if not prompts:
         return values, []
-    with _evaluating(model):
-        answers = list(
+    ranks = device.ranks
+    with _evaluating(model, device):
+        own = list(
             generate(
                 model,
-                prompts,
+                prompts[ranks.rank :: ranks.world_size],
                 config.model_params.val_generate_params,
                 device,
                 eos=encoder.eos,
                 seed=config.seed,
-                batch_size=2 * config.data.batch_size,
+                batch_size=2 * batch_size,
                 use_cache=config.model_params.use_cache,
+                pad_to=shape[1] if shape else None,
                 should_stop=should_stop,
             )
         )
+    answers = [answer for part in ranks.gather(own) for answer in part]
     if len(answers) < len(prompts):
         return None
     answers.sort(key=lambda answer: answer.prompt.row)
@@ -498,6 +148,7 @@ def validate(
     return values, records
 
 
+STATIC_STEP = 128  # tokens
 SCORES = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 
@@ -522,17 +173,21 @@ def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
 # -------------------------------------------------------------------------------- the test run
 
 
-def test(config: TestConfig, console: Console, should_stop: Callable[[], bool]) -> bool:
+def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bool:
     """Test one model, or several and compare them; false if it was stopped."""
+    accelerator = "cuda" if config.cuda else "tpu" if config.tpu else "cpu"
+    device = open_device(accelerator, key=accelerator)
+    console = Console(quiet=quiet, silent=device.ranks.rank > 0)
     paths, log = config.test_params.test_model_path, Path(config.test_params.log_file)
     if not isinstance(paths, list):
-        return test_model(config, paths, log, console, should_stop)
+        return test_model(config, paths, log, device, console, should_stop)
     logs = [log.with_name(f"{log.stem}.{i}{log.suffix}") for i in range(1, len(paths) + 1)]
     for path, one in zip(paths, logs):
-        if not test_model(config, path, one, console, should_stop):
+        if not test_model(config, path, one, device, console, should_stop):
             return False
         console.say()
-    console.say(compare(logs, config.seed))
+    if device.ranks.rank == 0:
+        console.say(compare(logs, config.seed))
     return True
 
 
@@ -540,6 +195,7 @@ def test_model(
     config: TestConfig,
     path: str | None,
     log_file: Path,
+    device: Device,
     console: Console,
     should_stop: Callable[[], bool],
 ) -> bool:
@@ -547,12 +203,13 @@ def test_model(
 
     Answers are written in windows of `save_steps` samples. A window does not share batches with
     the next one, so a run that was killed and is started again computes exactly what it would have
-    computed, down to the last bit.
+    computed, down to the last bit. For the same reason a stop waits for the end of the window: with
+    a part of its answers there, the others would be computed in other batches, and rounding can
+    decide between two tokens.
 
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    device = Device("cuda" if config.cuda else "cpu", key="cuda")
     place = find_model(path or config.model_name, console)
     about = checkpoint.details(place) if isinstance(place, Path) else {}
     template = about.get("prompt_template", config.data.prompt_template or DEFAULT_TEMPLATE)
@@ -580,7 +237,8 @@ def test_model(
         longest + config.generate_params.max_new_tokens,
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
-    model = AnswerModel(plain.to(device.torch_device)).eval()
+    model = AnswerModel(plain).eval()
+    device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
     console.say(compact(config) + "\n")
     console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
@@ -592,21 +250,23 @@ def test_model(
         f"longest prompt {longest} tokens"
     )
     log = AnswerLog(log_file, identity(config, place, source, template))
-    records = log.open(len(prompts), config.test_params.save_steps)
+    ranks = device.ranks
+    records = ranks.first(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
         console.say(f"resume    {len(records)} of {len(prompts)} answers are there already")
     console.say(f"answers   {log.path}")
     first, started, tokens = len(records), time.monotonic(), 0
     while len(records) < len(prompts):
-        window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        done = answer_window(model, encoder, window, config, device, should_stop)
-        if done is None:
+        if ranks.any(should_stop()):
             console.say(
                 f"stopped: {len(records)} of {len(prompts)} answers are kept in {log.path}; the "
                 "same command goes on from there"
             )
             return False
-        log.append(done)
+        window = prompts[len(records) : len(records) + config.test_params.save_steps]
+        with packed_weights(model, device):
+            done = answer_window(model, encoder, window, config, device)
+        ranks.first(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
         spent = time.monotonic() - started
@@ -615,6 +275,8 @@ def test_model(
             f"{len(records):6,} of {len(prompts):,} answers, {tokens / spent:,.0f} tokens/s, "
             f"{duration(left)} left"
         )
+    if ranks.rank > 0:
+        return True
     summary = metrics.summarize(records, seed=config.seed)
     log.write_summary(summary, len(records))
     title = f"{place} on {config.data.data_dir} [{config.data.split}]"
@@ -638,13 +300,17 @@ def answer_window(
     prompts: Sequence[Prompt],
     config: TestConfig,
     device: Device,
-    should_stop: Callable[[], bool],
-) -> list[dict[str, Any]] | None:
-    """The finished log records of `prompts`, in their order; None if stopped before the end."""
+) -> list[dict[str, Any]]:
+    """The finished log records of `prompts`, in their order.
+
+    The ranks share the prompts; the records of all are on every rank.
+    """
+    ranks = device.ranks
+    own = prompts[ranks.rank :: ranks.world_size]
     answers = list(
         generate(
             model,
-            prompts,
+            own,
             config.generate_params,
             device,
             eos=encoder.eos,
@@ -652,20 +318,20 @@ def answer_window(
             batch_size=config.test_params.batch_size,
             use_cache=config.test_params.use_cache,
             padding_side=config.data.padding_side,
-            pad_to=config.data.max_prompt_length if config.data.padding else None,
-            should_stop=should_stop,
+            pad_to=config.data.max_prompt_length
+            if config.data.padding or device.static_shapes
+            else None,
         )
     )
-    if len(answers) < len(prompts):
-        return None
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [
         describe(answer, encoder, texts=config.test_params.do_compute_metrics) for answer in answers
     ]
-    references = reference_losses(model, encoder, prompts, device, config.test_params.batch_size)
+    references = reference_losses(model, encoder, own, device, config.test_params.batch_size)
     for record, (loss, count) in zip(records, references):
         record |= {"reference_nll": round(loss, 6), "reference_tokens": count}
-    return records
+    everyone = [record for part in ranks.gather(records) for record in part]
+    return sorted(everyone, key=lambda record: record["row"])
 
 
 def reference_losses(
@@ -693,10 +359,13 @@ def reference_losses(
     results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
     order = np.argsort(-samples.lengths, kind="stable")
     batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    for batch in device.feed(collate(samples, rows) for rows in batches):
+    shape = None
+    if device.static_shapes and len(order):  # rounded up, so that few windows need a new one
+        shape = (batch_size, -(-int(samples.lengths.max()) // STATIC_STEP) * STATIC_STEP)
+    for batch, _ in device.feed(collate(samples, rows, static_shape=shape) for rows in batches):
         losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
-        for row, part in zip(batch.rows, losses.split(counts)):
+        for row, part in zip(batch.rows, losses[: sum(counts)].split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
 

@@ -227,11 +227,25 @@ def _packed_sdpa(
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same for whoever gives no lengths
 
+
 @functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
 def _causal_window(T: int, S: int, window: int, device: torch.device) -> Tensor:
     """bool [T, S]: which of S keys each of the T newest queries sees."""
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
     return (distance >= 0) & (distance < window)
+
+
+def _whole_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """bool [B or 1, 1, T, T]: which keys each query sees, for a mask int64 [B, T] or None.
+
+    A padding position sees itself, since a softmax over nothing would not be a number.
+    """
+    T = input_ids.shape[1]
+    mask = _causal_window(T, T, T, input_ids.device)[None, None]
+    if attention_mask is not None:
+        itself = torch.eye(T, dtype=torch.bool, device=input_ids.device)
+        mask = mask & attention_mask[:, None, None].bool() | itself
+    return mask
 
 
 # ------------------------------------------------------------------- feed-forward and norms
@@ -405,6 +419,8 @@ class AnswerModel(nn.Module):
         # ALiBi models and OPT find positions from the mask; recurrent models have another cache.
         self.takes_positions = "position_ids" in accepted
         self.takes_cache = "past_key_values" in accepted
+        # transformers looks at values to see which mask it needs; XLA must not wait for them.
+        self.makes_masks = False
         self.attentions = [m for m in model.modules() if isinstance(m, SdpaGPTNeoAttention)]
         self.split = self._splits()
         # Whether this model takes batches without padding, see data.Batch.
@@ -459,6 +475,8 @@ class AnswerModel(nn.Module):
             kwargs["attention_mask"] = input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
             if not self.attentions:
                 kwargs["lengths"] = lengths  # passed on to _packed_sdpa
+        elif self.makes_masks:
+            kwargs["attention_mask"] = _whole_mask(input_ids, kwargs.get("attention_mask"))
         return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -595,13 +613,18 @@ class _ChunkedLoss(torch.autograd.Function):
 def make_optimizer(
     model: PreTrainedModel, params: ModelParams, *, fused: bool = True
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on neither biases nor norms."""
+    """AdamW over the trainable parameters; weight decay on neither biases nor norms.
+
+    One kernel for all parameters where there is one (`fused`); on XLA, the step's number is kept
+    on the device (`capturable`), so that the update is part of the graph.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, kind, parameter in freeze.classify(model):
         if parameter.requires_grad:
             no_decay = kind == "ln" or name.endswith("bias") or parameter.ndim < 2
             (plain if no_decay else decayed).append(parameter)
+    xla = any(p.device.type == "xla" for p in (*decayed, *plain))
     groups = [
         {"params": decayed, "weight_decay": params.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -610,7 +633,8 @@ def make_optimizer(
         [group for group in groups if group["params"]],
         lr=params.learning_rate,
         betas=(params.adam_betas[0], params.adam_betas[1]),
-        fused=fused,
+        fused=fused and not xla,
+        capturable=xla,
     )
 
 
@@ -634,9 +658,14 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
-def export(model: PreTrainedModel, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
+def export(
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    directory: str | os.PathLike[str],
+) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer."""
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 

@@ -39,8 +39,9 @@ from data import (
     micro_batches,
     numbered,
 )
-from device import Device, StepResult
-from evaluate import check_token_ids, static_shape, summed_loss, validate
+from device import StepResult, open_device
+from evaluate import summed_loss, validate
+from generate import check_token_ids
 from model import (
     AnswerModel,
     architecture,
@@ -58,6 +59,7 @@ from model import (
 from track import METRICS, Console, Metrics, WandbWriter, duration
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
+SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
 SAMPLE_ANSWERS = 3  # shown after a validation that generates
 SHOWN_METRICS = (
     ("val_loss", "loss", 4),
@@ -124,10 +126,15 @@ class Run:
         self.config = config
         self.params = config.trainer.params
         self.clip = self.params.gradient_clip_val
-        self.console = Console(quiet=quiet)
-        self.device = Device(self.params.accelerator, self.params.precision)
+        self.device = open_device(self.params.accelerator, self.params.precision)
+        self.ranks = self.device.ranks
+        self.console = Console(quiet=quiet, silent=self.ranks.rank > 0)
         self.directory = Path(config.trainer.checkpoint.dirpath)
-        self.resumed_from = self._open_directory()
+        self.resumed_from = self.ranks.first(self._open_directory)
+        # (B, T) of every batch, where each new shape is compiled.
+        self.batch_size = config.data.batch_size * self.device.shards
+        static = self.device.static_shapes or config.data.on_tpu
+        self.shape = (self.batch_size, config.data.max_length) if static else None
 
         source = DataSource.open(config.data.data_dir)
         self.remarks: list[str] = []
@@ -137,7 +144,7 @@ class Run:
         identity = {
             "model": architecture(config.model_name),
             "data": source.fingerprint(),
-            "samples_per_step": self.samples_per_step,
+            SAMPLES_PER_STEP: self.samples_per_step,
         }
         self.identity = identity
         self.state = State(wandb_id=uuid.uuid4().hex[:8])
@@ -157,6 +164,7 @@ class Run:
     def _open_directory(self) -> Path | None:
         """Make the run's directory usable; the checkpoint to resume from, if any."""
         checkpoint_config, wanted = self.config.trainer.checkpoint, self.config.trainer.ckpt_path
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".tmp-probe-{os.getpid()}"
@@ -170,6 +178,8 @@ class Run:
         self.lock = checkpoint.lock(self.directory)
         checkpoint.clean_up(self.directory)
         there = checkpoint.steps(self.directory)
+        if restarted and there:  # torchrun started the same command again after a failure
+            wanted = "last"
         if wanted is None:
             if there:
                 raise UserError(
@@ -210,31 +220,36 @@ class Run:
         self.remarks += remarks
         check_fits(model, self.tokenizer, config.data.max_length, "data.max_length")
         freeze.apply(model, config.model_params)
+        self.kinds = freeze.report(model)
         if self.params.gradient_checkpointing:
             checkpoint_activations(model)
-        self.model = AnswerModel(model.to(self.device.torch_device))
+        self.model = AnswerModel(model)
         # A compiled model would be compiled anew for each list of lengths.
-        self.model.packs &= not self.params.compile and not config.data.on_tpu
+        self.model.packs &= not self.params.compile and self.shape is None
         if self.params.compile:
             model.base_model.compile(dynamic=True)
+        self.training_model = self.device.parallel(
+            self.model, freeze.blocks(model), self.params.strategy
+        )
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
 
     def _load_data(self, source: DataSource) -> None:
         config, data = self.config, self.config.data
+        has_val = source.has("val") and not self.params.overfit_batches
         cache = (self.encoder, data.max_length, data.truncate_promt)
-        self.samples, self.overlap = cached_samples(source, "train", *cache)
+        with self.ranks.one_by_machine():
+            self.samples, self.overlap = cached_samples(source, "train", *cache)
+            if has_val:
+                self.val_samples, _ = cached_samples(source, "val", *cache)
         self.train_counts = self.samples.counts
-        self.val_split = "train"
+        self.val_split = "val" if has_val else "train"
         if self.params.overfit_batches:
             count = self.params.overfit_batches
             size = count * data.batch_size if isinstance(count, int) else count * len(self.samples)
             chosen = np.arange(min(len(self.samples), max(1, math.ceil(size))))
             self.samples = self.val_samples = self.samples.subset(chosen)
-        elif source.has("val"):
-            self.val_split = "val"
-            self.val_samples, _ = cached_samples(source, "val", *cache)
-        elif len(self.samples):
+        elif len(self.samples) and not has_val:
             self.samples, self.val_samples = hold_out(self.samples, data.val_fraction, config.seed)
         for name, samples in (("train", self.samples), (self.val_split, self.val_samples)):
             if int(samples.target_lengths.sum()) == 0:
@@ -269,8 +284,10 @@ class Run:
 
     def _plan(self) -> None:
         """The arithmetic of batches, steps and epochs."""
-        params, ranks = self.params, self.device.world_size
-        self.samples_per_step = self.config.data.batch_size * params.accumulate_grad_batches * ranks
+        params = self.params
+        self.samples_per_step = (
+            self.batch_size * params.accumulate_grad_batches * self.ranks.world_size
+        )
         self.steps_per_epoch = math.ceil(len(self.samples) / self.samples_per_step)
         epochs = params.max_epochs if params.max_epochs > 0 else math.inf
         self.end_position = epochs * self.steps_per_epoch
@@ -302,9 +319,10 @@ class Run:
         try:
             self.remarks += checkpoint.check_same_run(stored, self.config, self.identity, path)
             self.state = State(**stored["state"])
-            self.optimizer.load_state_dict(stored["optimizer"])
+            self.device.load_optimizer_state(self.optimizer, stored["optimizer"])
             self.device.scaler.load_state_dict(stored["scaler"])
-            self.device.set_rng_state(stored["rng"])
+            if self.ranks.rank < len(stored["rng"]):  # a further rank has its fresh seed
+                self.device.set_rng_state(stored["rng"][self.ranks.rank])
             size = int(stored["metrics_size"])
             before = stored["config"]["trainer"]["checkpoint"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -319,6 +337,10 @@ class Run:
 
     def _open_records(self, metrics_size: int) -> None:
         """metrics.jsonl, the resolved configuration, and what the run was made with."""
+        self.metrics: Metrics | None = None
+        self.wandb: WandbWriter | None = None
+        if self.ranks.rank > 0:
+            return
         metrics = self.directory / METRICS
         if metrics.exists() and not metrics_size:
             metrics.replace(metrics.with_suffix(".old.jsonl"))
@@ -331,6 +353,7 @@ class Run:
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "device": self.device.describe(),
+            "ranks": self.ranks.world_size,
             "precision": self.params.precision,
             "data_sha256": self.identity["data"],
             "samples": {"train": len(self.samples), "val": len(self.val_samples)},
@@ -339,7 +362,6 @@ class Run:
             **self.overlap,
         }
         (self.directory / "run.json").write_text(json.dumps(record, indent=1))
-        self.wandb: WandbWriter | None = None
         if self.config.wandb is not None:
             self.wandb = WandbWriter(
                 self.config.wandb,
@@ -354,8 +376,7 @@ class Run:
         """What will run, before it runs."""
         say, params, config = self.console.say, self.params, self.config
         say(compact(config) + "\n")
-        model = self.model.model
-        kinds = freeze.report(model)
+        kinds = self.kinds
         total, trained = sum(k[1] for k in kinds), sum(k[2] for k in kinds)
         say(f"model     {config.model_name}, {total:,} parameters, {trained / total:.1%} trained")
         say("          " + ", ".join(f"{kind} {t / n:.0%} of {n:,}" for kind, n, t in kinds))
@@ -379,7 +400,8 @@ class Run:
         say(f"sample    {shown}   (trained on what is in [[ ]])")
         say(
             f"step      {config.data.batch_size} samples x {params.accumulate_grad_batches} "
-            f"batches x {self.device.world_size} ranks = {self.samples_per_step} samples"
+            f"batches x {self.ranks.world_size * self.device.shards} ranks = "
+            f"{self.samples_per_step} samples"
         )
         say(
             f"plan      {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all, "
@@ -443,11 +465,15 @@ class Run:
 
     def micro_batches(self, rows: np.ndarray) -> Iterator[Batch]:
         """This rank's share of a step's samples, collated."""
-        size, device = self.config.data.batch_size, self.device
-        parts = micro_batches(rows, size, self.samples.lengths, device.rank, device.world_size)
-        shape = static_shape(self.config)
+        ranks = self.ranks
+        parts = micro_batches(
+            rows, self.batch_size, self.samples.lengths, ranks.rank, ranks.world_size
+        )
+        if self.shape:  # a short last step must not be another graph
+            missing = self.params.accumulate_grad_batches - len(parts)
+            parts += [rows[:0]] * missing
         for part in parts:
-            batch = collate(self.samples, part, static_shape=shape, packed=self.model.packs)
+            batch = collate(self.samples, part, static_shape=self.shape, packed=self.model.packs)
             if self.model.prefix_cache is not None:
                 batch.prefix = self.model.prefix_cache.gather(batch)
             yield batch
@@ -492,9 +518,14 @@ class Run:
             f"step {state.global_step + 1} skipped: its {what} is not a finite number "
             f"({names} of train; {state.bad_in_row} in a row)"
         )
-        self.metrics.write(
-            {"step": state.global_step, "bad_steps": state.bad_steps, "position": state.position}
-        )
+        if self.metrics:
+            self.metrics.write(
+                {
+                    "step": state.global_step,
+                    "bad_steps": state.bad_steps,
+                    "position": state.position,
+                }
+            )
         if state.bad_in_row >= limit:
             raise UserError(
                 f"stopped: {state.bad_in_row} steps in a row had a {what} that is not a finite "
@@ -521,10 +552,7 @@ class Run:
             "seconds": round(state.seconds + now - self.started, 3),
             "memory": self.device.peak_memory(),
         }
-        self.metrics.write(values)
-        if self.wandb:
-            kept = {f"train/{k}": v for k, v in values.items() if k != "step"}
-            self.wandb.log(kept | {"global_step": state.global_step})
+        self._record(values, "train/")
         left = (self.total_steps - state.global_step) * self._seconds_per_step()
         self.console.step_line(
             f"step {state.global_step:,}/{self.total_steps:,}  loss {loss:.4f}  lr {rate:.2e}  "
@@ -532,6 +560,15 @@ class Run:
         )
         state.window_loss, state.window_targets, state.window_tokens = 0.0, 0, 0
         self.window_started = now
+
+    def _record(self, values: dict[str, Any], prefix: str) -> None:
+        """One line of metrics.jsonl, and the same to W&B with `prefix`; rank 0's alone."""
+        if self.metrics:
+            self.metrics.write(values)
+        if self.wandb:
+            kept = {f"{prefix}{k.removeprefix('val_')}": v for k, v in values.items()}
+            del kept[f"{prefix}step"]
+            self.wandb.log(kept | {"global_step": values["step"]})
 
     def _seconds_per_step(self) -> float:
         spent = self.state.seconds + time.monotonic() - self.started
@@ -545,14 +582,13 @@ class Run:
         if count == 0 or self.resumed_from:
             return
         batches = None if count < 0 else count
-        size = self.config.data.batch_size
         result = summed_loss(
             self.model,
             self.val_samples,
             self.device,
-            size,
+            self.batch_size,
             should_stop,
-            static_shape(self.config),
+            self.shape,
             batches,
         )
         if result is None:
@@ -575,6 +611,8 @@ class Run:
             self.encoder,
             self.config,
             self.device,
+            self.batch_size,
+            self.shape,
             should_stop,
         )
         if result is None:
@@ -583,21 +621,16 @@ class Run:
         state, chosen = self.state, self.config.trainer.checkpoint
         state.validated_at, state.validated_step = state.position, state.global_step
         epoch = round(state.position / self.steps_per_epoch, 4)
-        self.metrics.write({"step": state.global_step, "epoch": epoch, **values})
-        if self.wandb:
-            kept = {f"val/{k.removeprefix('val_')}": v for k, v in values.items()}
-            self.wandb.log(kept | {"global_step": state.global_step})
-            if records:
-                columns = ["question", "reference", "generated", "exact_match"]
-                rows = [[record[c] for c in columns] for record in records]
-                self.wandb.table("val/answers", columns, rows, state.global_step)
+        self._record({"step": state.global_step, "epoch": epoch, **values}, "val/")
+        if self.wandb and records:
+            columns = ["question", "reference", "generated", "exact_match"]
+            rows = [[record[c] for c in columns] for record in records]
+            self.wandb.table("val/answers", columns, rows, state.global_step)
         value, best = values[chosen.log_obg], state.best_value
         better = best is None or (value < best if chosen.mode == "min" else value > best)
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
-            if self.saved_at is None:  # never only a best/, which cannot be resumed
-                self.save()
         shown = "  ".join(
             f"{short} {values[name]:.{digits}f}"
             for name, short, digits in SHOWN_METRICS
@@ -613,6 +646,8 @@ class Run:
             )
         self.window_started += time.monotonic() - began  # not training time
         self.started += time.monotonic() - began
+        if state.best_value is not None and self.saved_at is None:
+            self.save()  # never only a best/, which cannot be resumed
         return True
 
     def save(self) -> Path:
@@ -622,10 +657,10 @@ class Run:
         self.started = began
         contents = {
             "state": asdict(self.state),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.device.whole_optimizer_state(self.optimizer),
             "scaler": self.device.scaler.state_dict(),
-            "rng": self.device.rng_state(),
-            "metrics_size": self.metrics.sync(),
+            "rng": self.ranks.gather(self.device.rng_state()),
+            "metrics_size": self.metrics.sync() if self.metrics else 0,
             "identity": self.identity,
             "config": resolved(self.config),
         }
@@ -635,7 +670,8 @@ class Run:
         )
         self.saved_at, self.saved_step = self._moment(), self.state.global_step
         keep = self.config.trainer.checkpoint.save_top_k
-        checkpoint.rotate(self.directory, keep, {path, self.resumed_from or path})
+        if self.ranks.rank == 0:
+            checkpoint.rotate(self.directory, keep, {path, self.resumed_from or path})
         self.console.say(f"saved {path} in {duration(time.monotonic() - began)}")
         spent = time.monotonic() - began
         self.started += spent
@@ -650,13 +686,15 @@ class Run:
             f"best_{self.config.trainer.checkpoint.log_obg}": self.state.best_value,
         }
 
+        weights = self.device.whole_state(self.model.model)
+
         def write(directory: Path) -> None:
-            export(self.model.model, self.tokenizer, directory)
+            export(self.model.model, weights, self.tokenizer, directory)
             (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
             (directory / checkpoint.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
             add(directory)
 
-        return checkpoint.save(self.directory, name, write)
+        return self.ranks.first(lambda: checkpoint.save(self.directory, name, write))
 
     def finish(self, stopped_by: int | None) -> int:
         """Save what is not saved yet and say how to go on; the exit code."""
@@ -668,7 +706,8 @@ class Run:
     def close(self) -> None:
         """End the records, however the run ended."""
         self.console.close()
-        self.metrics.close()
+        if self.metrics:
+            self.metrics.close()
         if self.wandb:
             self.wandb.summary({"best_checkpoint": str(self.directory / "best")})
             self.wandb.finish()

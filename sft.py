@@ -27,9 +27,13 @@ INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's
 
 
 class Stop:
-    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once."""
+    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once.
 
-    def __init__(self) -> None:
+    after: what is finished before, for the message.
+    """
+
+    def __init__(self, after: str = "this step") -> None:
+        self.after = after
         self.signal: int | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -41,7 +45,7 @@ class Stop:
             os._exit(INTERRUPTED + number)
         self.signal = number
         name = signal.Signals(number).name
-        message = f"\n{name}: stopping after this step; Ctrl-C once more stops at once\n"
+        message = f"\n{name}: stopping after {self.after}; Ctrl-C once more stops at once\n"
         os.write(sys.stderr.fileno(), message.encode())
 
     def requested(self) -> bool:
@@ -65,10 +69,10 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
 
 def loop(run: Run, stop: Stop) -> int:
     """Optimizer steps until the run is finished or stopped; returns the exit code."""
-    model, samples, device = run.model, run.samples, run.device
+    model, samples, device = run.training_model, run.samples, run.device
     run.sanity_check(stop.requested)
 
-    while not stop.requested():
+    while not device.ranks.any(stop.requested()):
         if run.validation_due() and not run.validate(stop.requested):
             break
         if run.finished():
@@ -76,12 +80,14 @@ def loop(run: Run, stop: Stop) -> int:
         if run.checkpoint_due():
             run.save()
 
-        # One optimizer step: the next samples in the epoch's order, in micro-batches.
+        # One optimizer step: the next samples in the epoch's order, in micro-batches. Every rank
+        # knows all of the step's rows, so the mean is over the targets of all ranks.
         rows = run.next_rows()
         targets = int(samples.target_lengths[rows].sum())
         loss = device.zero()
         model.train()
-        for batch in device.feed(run.micro_batches(rows)):
+        for batch, last in device.feed(run.micro_batches(rows)):
+            device.exchange_gradients(model, now=last)
             with device.autocast():
                 summed = model(batch)
             device.backward(summed / max(1, targets))
@@ -127,22 +133,39 @@ def main(argv: list[str]) -> int:
         if arguments.config is None:
             raise UserError("test: name a YAML file, or finished logs behind --compare")
         testing = load(TestConfig, arguments.config, arguments.overrides)
-        return test(testing, Stop(), arguments.quiet)
+        return test(testing, Stop("the next save_steps answers"), arguments.quiet)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(str(error))
     except OSError as error:  # a disk that is full or gone, a directory that is not ours
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        complain(f"{error.filename or 'output'}: {error.strerror}")
+    except RuntimeError as error:
+        from device import lost_rank
+
+        if not lost_rank(error):
+            raise
+        complain("another rank is gone, this one stops; its own message says why")
+        return 1
     return 2
+
+
+def complain(message: str) -> None:
+    """Print an error; several ranks that find the same say it whole only once."""
+    rank = os.environ.get("RANK", "0")
+    if not message:
+        return
+    message = (
+        f"error: {message}" if rank == "0" else f"rank {rank}: error: {message.splitlines()[0]}"
+    )
+    print(message, file=sys.stderr)
 
 
 def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
     """Answer and score the questions of a split; returns the process's exit code."""
     import evaluate
     from model import quiet_libraries
-    from track import Console
 
     quiet_libraries()
-    finished = evaluate.test(config, Console(quiet=quiet), stop.requested)
+    finished = evaluate.test(config, quiet, stop.requested)
     return 0 if finished or stop.signal is None else INTERRUPTED + stop.signal
 
 
@@ -157,4 +180,9 @@ def compare(logs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "WORLD_SIZE" in os.environ:  # torch's process groups may hang in their destructors
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

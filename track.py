@@ -21,10 +21,13 @@ METRICS = "metrics.jsonl"
 
 
 class Console:
-    """Lines for people on stdout; a progress bar where there is a terminal."""
+    """Lines for people on stdout; a progress bar where there is a terminal.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+    quiet: warnings only. silent: not even these, on all ranks but the first.
+    """
+
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self.quiet, self.silent = quiet or silent, silent
         self.bar: Any = None
 
     def start_bar(self, total: int, done: int) -> None:
@@ -43,6 +46,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Warnings are shown even when quiet, on stderr."""
+        if self.silent:
+            return
         if self.bar is not None:
             self.bar.write(f"warning: {text}", file=sys.stderr)
         else:

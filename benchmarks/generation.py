@@ -3,7 +3,7 @@
     python benchmarks/generation.py --model DIR --questions 64 --new-tokens 160
 
 Three ways, each in a process of its own, alternately for so many rounds: this project's engine
-(`evaluate.generate`), `generate` with one prompt at a time, and `generate` on batches of the same
+(`generate.generate`), `generate` with one prompt at a time, and `generate` on batches of the same
 size in file order with left padding. All decode greedily in float32 with the KV cache until EOS or
 `--new-tokens`. The texts must be the same, except where rounding in a batch decides a near tie: so
 many are counted, and more than one in twenty is an error.
@@ -36,7 +36,7 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     from config import GenerateParams
     from data import DataSource, Encoder, pad_prompts, prepare_inference
     from device import Device
-    from evaluate import generate
+    from generate import generate, packed_weights
     from model import AnswerModel, load_model, load_tokenizer, quiet_libraries
 
     quiet_libraries()
@@ -47,18 +47,20 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     if way == "sft":
         model = AnswerModel(load_model(job["model"])[0]).eval()
         params = GenerateParams(max_new_tokens=job["new_tokens"])
+        device = Device("cpu")
         began = time.perf_counter()
-        done = list(
-            generate(
-                model,
-                prompts,
-                params,
-                Device("cpu"),
-                eos=encoder.eos,
-                seed=0,
-                batch_size=job["batch_size"],
+        with packed_weights(model, device):
+            done = list(
+                generate(
+                    model,
+                    prompts,
+                    params,
+                    device,
+                    eos=encoder.eos,
+                    seed=0,
+                    batch_size=job["batch_size"],
+                )
             )
-        )
         seconds = time.perf_counter() - began
         done.sort(key=lambda a: a.prompt.row)
         answers = [a.tokens + [encoder.eos] * a.ended for a in done]

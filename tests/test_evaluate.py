@@ -242,6 +242,34 @@ def test_lines_that_are_there_are_not_computed_again(
     assert "4 of 7 answers are there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_test_keeps_the_answers_it_has_begun(
+    number: signal.Signals, base: dict[str, Any], monkeypatch: Any, capfd: Any
+) -> None:
+    import evaluate
+
+    assert run_test(base) == 0
+    log = Path(base["test_params"]["log_file"])
+    whole = log.read_bytes()
+    log.unlink()
+    asked: list[int] = []
+    original = evaluate.generate
+
+    def interrupted(model: Any, prompts: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.extend(prompt.row for prompt in prompts)
+        if len(asked) == 4:
+            os.kill(os.getpid(), number)
+        return original(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "generate", interrupted)
+    assert run_test(base) == 128 + number
+    assert "4 of 7 answers are kept" in capfd.readouterr().out
+    assert log.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
+    assert run_test(base) == 0
+    assert asked == [1, 2, 3, 4, 5, 6, 7], "no answer is computed twice"
+    assert log.read_bytes() == whole
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_test_goes_on_byte_for_byte(
     number: signal.Signals, model_dirs: Any, tmp_path: Path

@@ -202,7 +202,7 @@ def stopped(
 @pytest.mark.parametrize(
     "override, named",
     [
-        ("data.batch_size=2", "samples_per_step: the checkpoint has 4, this run has 2"),
+        ("data.batch_size=2", "x ranks: the checkpoint has 4, this run has 2"),
         ("data.max_length=60", "data.max_length: the checkpoint has 64, the configuration 60"),
         ("model_params.learning_rate=0.5", "model_params.learning_rate"),
         ("model_params.warmup_steps_per_cent=0", "model_params.warmup_steps_per_cent"),

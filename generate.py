@@ -1,0 +1,450 @@
+"""Prompts in, answers out: batched generation that equals `generate` on one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+from config import GenerateParams, UserError
+from data import Prompt, pad_prompts
+from device import Device
+from model import AnswerModel
+
+REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
+PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
+SHIFT_EVERY = 64
+
+
+@dataclass
+class Answer:
+    """tokens: generated ids without the EOS; ended: an EOS came before `max_new_tokens`."""
+
+    prompt: Prompt
+    tokens: list[int]
+    ended: bool
+
+
+class _Slots(DynamicLayer):
+    """One layer's keys and values, [B, H, capacity, D], written in place.
+
+    transformers' own layer copies everything at each token (torch.cat). Here rows are
+    right-aligned: all end at column `end`, and the columns [begin, end) are in use.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values = keys, values
+        self.rows = self.begin = self.end = 0
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append key, value [B, H, 1, D]; returns views of all columns in use."""
+        place = slice(self.end, self.end + key.shape[2])
+        self.keys[: self.rows, :, place] = key
+        self.values[: self.rows, :, place] = value
+        used = slice(self.begin, place.stop)
+        return self.keys[: self.rows, :, used], self.values[: self.rows, :, used]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self.end - self.begin
+
+
+class _SlotCache:
+    """The key-value cache of a batch whose rows come and go.
+
+    lengths: int [rows], how many of the newest columns belong to each row.
+    """
+
+    def __init__(self, batch_size: int, room: int) -> None:
+        self.batch_size, self.room = batch_size, room
+        self.cache: DynamicCache | None = None
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self.end = 0
+
+    @property
+    def layers(self) -> list[_Slots]:
+        assert self.cache is not None
+        return self.cache.layers
+
+    def add(self, filled: DynamicCache, lengths: np.ndarray, side: str) -> None:
+        """Take over the rows of a prefilled cache, padded on `side`."""
+        width = filled.layers[0].keys.shape[2]
+        if self.cache is None:
+            # Rows are shifted back to the left once in so many tokens.
+            capacity = max(self.room, width) + SHIFT_EVERY
+            self.cache = DynamicCache()
+            self.cache.layers = []
+            for layer in filled.layers:
+                shape = (self.batch_size, layer.keys.shape[1], capacity)
+                keys = layer.keys.new_zeros((*shape, layer.keys.shape[3]))
+                self.cache.layers.append(
+                    _Slots(keys, keys.new_zeros((*shape, layer.values.shape[3])))
+                )
+        first = len(self.lengths)
+        self._move_end(max(self.end if first else 0, int(lengths.max())))
+        for layer, new in zip(self.layers, filled.layers):
+            for i, length in enumerate(lengths.tolist()):
+                start = 0 if side == "right" else width - length
+                source, place = slice(start, start + length), slice(self.end - length, self.end)
+                layer.keys[first + i, :, place] = new.keys[i, :, source]
+                layer.values[first + i, :, place] = new.values[i, :, source]
+        self.lengths = np.concatenate([self.lengths, lengths])
+        self._set_view()
+
+    def keep(self, rows: list[int]) -> None:
+        """Make `rows`, in this order, all there is; a row that keeps its place is not copied."""
+        used = slice(self.layers[0].begin, self.layers[0].end)
+        for place, row in enumerate(rows):
+            if place != row:
+                for layer in self.layers:
+                    layer.keys[place, :, used] = layer.keys[row, :, used]
+                    layer.values[place, :, used] = layer.values[row, :, used]
+        self.lengths = self.lengths[rows]
+        self._set_view()
+
+    def advance(self) -> None:
+        """One more token stands in every row."""
+        self.end += 1
+        self.lengths += 1
+        self._set_view()
+
+    def attention_mask(self) -> Tensor | None:
+        """int64 [rows, columns + 1] for the next token; None when no row has padding."""
+        if (self.lengths == self.lengths.max()).all():
+            return None
+        width = int(self.lengths.max()) + 1
+        columns = np.arange(width)[None] >= width - 1 - self.lengths[:, None]
+        return torch.from_numpy(columns.astype(np.int64))
+
+    def _set_view(self) -> None:
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        if self.layers and self.end == self.layers[0].keys.shape[2]:
+            self._move_end(longest)
+        for layer in self.layers:
+            layer.rows, layer.begin, layer.end = len(self.lengths), self.end - longest, self.end
+
+    def _move_end(self, end: int) -> None:
+        """Shift the rows so that they end at column `end`."""
+        longest, rows = int(self.lengths.max()) if len(self.lengths) else 0, len(self.lengths)
+        if longest and end != self.end:
+            source, place = slice(self.end - longest, self.end), slice(end - longest, end)
+            for layer in self.layers:
+                layer.keys[:rows, :, place] = layer.keys[:rows, :, source].clone()
+                layer.values[:rows, :, place] = layer.values[:rows, :, source].clone()
+        self.end = end
+
+
+@dataclass
+class _Row:
+    prompt: Prompt
+    tokens: list[int]
+    choose: Callable[[Tensor], int] | None
+    processors: LogitsProcessorList | None
+
+    def sequence(self) -> list[int]:
+        return self.prompt.input_ids + self.tokens
+
+
+@torch.no_grad()  # not inference_mode: FSDP's parameters would be of no use to training afterwards
+def generate(
+    model: AnswerModel,
+    prompts: Sequence[Prompt],
+    params: GenerateParams,
+    device: Device,
+    *,
+    eos: int,
+    seed: int,
+    batch_size: int = 16,
+    use_cache: bool = True,
+    padding_side: str = "left",
+    pad_to: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Answer]:
+    """Answer prompts, `batch_size` at a time, yielding each as it is finished.
+
+    Rows that are finished leave the batch and new prompts take their places, longest first. An
+    answer depends on its own prompt, row number and `seed` only: the batch, the padding and the
+    order change nothing but float rounding.
+
+    Args:
+        eos: what ends an answer unless `params.eos_token_id` says otherwise.
+        pad_to: pad prompts to at least this length; None: to the longest of those that enter
+            together.
+        should_stop: asked before each token; true ends the iteration.
+
+    Where shapes are static, every forward pass is one over whole sequences, [batch_size, pad_to +
+    max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
+    each token.
+    """
+    ends = params.eos_token_id if params.eos_token_id is not None else eos
+    end_ids = set(ends) if isinstance(ends, list) else {ends}
+    waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
+    longest = len(waiting[-1].input_ids) if waiting else 0
+    use_cache = use_cache and model.takes_cache and not device.static_shapes
+    height = None
+    if device.static_shapes:
+        height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
+    cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
+    active: list[_Row] = []
+    filling = False
+    while device.together(bool(waiting or active) and not should_stop()):
+        if not waiting and not active:
+            _idle(model, device)  # the other ranks need this one's slices
+            continue
+        free = batch_size - len(active)
+        filling = bool(waiting and free) and (
+            filling or not active or free * REFILL_SHARE >= batch_size
+        )
+        entered: list[_Row] = []
+        if filling:
+            count = min(free, len(waiting))
+            if use_cache:  # prompts of like lengths at a time: little padding, little memory
+                width = max(pad_to or 0, len(waiting[-1].input_ids))
+                count = min(count, max(1, PREFILL_TOKENS // width))
+            entered = [_new_row(waiting.pop(), params, end_ids, seed) for _ in range(count)]
+        with device.autocast():
+            if not use_cache:
+                active += entered
+                logits = _whole(model, active, device, padding_side, pad_to, None, height)
+                chosen = _next(active, logits)
+            elif entered:
+                # The rows that are already there wait for the prefill; they go on just after it.
+                filled = DynamicCache()
+                logits = _whole(model, entered, device, padding_side, pad_to, filled)
+                lengths = np.array([len(row.prompt.input_ids) for row in entered])
+                cache.add(filled, lengths, padding_side)
+                active += entered
+                chosen = [*[None] * (len(active) - len(entered)), *_next(entered, logits)]
+            else:
+                chosen = _next(active, _one_token(model, active, cache, device))
+                cache.advance()
+        staying: list[int] = []
+        for i, (row, token) in enumerate(zip(active, chosen)):
+            if token is not None and token in end_ids:
+                yield Answer(row.prompt, row.tokens, True)
+                continue
+            if token is not None:
+                row.tokens.append(token)
+            if len(row.tokens) >= params.max_new_tokens:
+                yield Answer(row.prompt, row.tokens, False)
+                continue
+            staying.append(i)
+        if len(staying) < len(active):
+            # The last rows move into the places that became free.
+            holes = [i for i in range(len(staying)) if i not in staying]
+            order = [
+                i if i in staying else staying[-1 - holes.index(i)] for i in range(len(staying))
+            ]
+            active = [active[i] for i in order]
+            if use_cache:
+                cache.keep(order)
+
+
+def _idle(model: AnswerModel, device: Device) -> None:
+    """A forward pass for nothing."""
+    model.next_logits(
+        device.move(torch.zeros(1, 1, dtype=torch.long)),
+        device.move(torch.zeros(1, dtype=torch.long)),
+    )
+
+
+def _whole(
+    model: AnswerModel,
+    rows: list[_Row],
+    device: Device,
+    side: str,
+    pad_to: int | None,
+    cache: DynamicCache | None,
+    height: int | None = None,
+) -> Tensor:
+    """Logits [B, V] after whole sequences, which also fills `cache` if there is one.
+
+    With `height`, B is that, whatever the number of rows.
+    """
+    sequences = [row.sequence() for row in rows]
+    sequences += [[0]] * ((height or 0) - len(rows))
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    padded = pad_prompts(sequences, side, pad_to)
+    width = padded["input_ids"].shape[1]
+    start = torch.zeros_like(lengths) if side == "right" else width - lengths
+    # Padding stays within the positions that the model knows, whatever it is padded to.
+    positions = (torch.arange(width)[None] - start[:, None]).clamp(min=0)
+    positions = positions.minimum(lengths[:, None] - 1)
+    kwargs: dict[str, Any] = {}
+    if bool(start.any()):  # padding behind a row is out of its sight
+        kwargs["attention_mask"] = device.move(padded["attention_mask"])
+    if cache is not None:
+        kwargs["past_key_values"] = cache
+    if model.takes_positions:
+        kwargs["position_ids"] = device.move(positions)
+    last = device.move(start + lengths - 1)
+    logits, _ = model.next_logits(device.move(padded["input_ids"]), last, **kwargs)
+    return logits
+
+
+def _one_token(model: AnswerModel, rows: list[_Row], cache: _SlotCache, device: Device) -> Tensor:
+    """Logits [B, V] after each row's newest token, which enters the cache."""
+    ids = torch.tensor([[row.tokens[-1]] for row in rows])
+    kwargs: dict[str, Any] = {"past_key_values": cache.cache}
+    mask = cache.attention_mask()
+    if mask is not None:
+        kwargs["attention_mask"] = device.move(mask)
+    if model.takes_positions:
+        kwargs["position_ids"] = device.move(torch.from_numpy(cache.lengths.copy())[:, None])
+    last = torch.zeros(len(rows), dtype=torch.long)
+    logits, _ = model.next_logits(device.move(ids), device.move(last), **kwargs)
+    return logits
+
+
+def _next(rows: list[_Row], logits: Tensor) -> list[int | None]:
+    if all(row.choose is None and row.processors is None for row in rows):
+        return list(logits.argmax(-1).tolist())
+    chosen: list[int | None] = []
+    for row, scores in zip(rows, logits.cpu()):
+        scores = scores[None]
+        if row.processors is not None:
+            scores = row.processors(torch.tensor([row.sequence()]), scores)
+        chosen.append(int(scores.argmax(-1)) if row.choose is None else row.choose(scores[0]))
+    return chosen
+
+
+def _new_row(prompt: Prompt, params: GenerateParams, end_ids: set[int], seed: int) -> _Row:
+    processors = _processors(params, len(prompt.input_ids), sorted(end_ids))
+    if not params.do_sample:
+        return _Row(prompt, [], None, processors)
+    state = np.random.SeedSequence([seed, prompt.row]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+    def choose(scores: Tensor) -> int:
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+    return _Row(prompt, [], choose, processors)
+
+
+def _processors(
+    params: GenerateParams, prompt_length: int, end_ids: list[int]
+) -> LogitsProcessorList | None:
+    """transformers' own processors, in the order in which its `generate` applies them."""
+    p = params
+    chain: list[Any] = []
+    if p.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
+    if p.no_repeat_ngram_size:
+        chain.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
+    if p.bad_words_ids:
+        chain.append(NoBadWordsLogitsProcessor(p.bad_words_ids, eos_token_id=end_ids))
+    if p.min_new_tokens:
+        chain.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt_length, p.min_new_tokens, end_ids, device="cpu"
+            )
+        )
+    if p.suppress_tokens:
+        chain.append(SuppressTokensLogitsProcessor(p.suppress_tokens, device="cpu"))
+    if p.begin_suppress_tokens:
+        chain.append(
+            SuppressTokensAtBeginLogitsProcessor(
+                p.begin_suppress_tokens, prompt_length, device="cpu"
+            )
+        )
+    if p.do_sample:
+        if p.temperature != 1.0:
+            chain.append(TemperatureLogitsWarper(p.temperature))
+        if p.top_k:
+            chain.append(TopKLogitsWarper(p.top_k))
+        if p.top_p < 1.0:
+            chain.append(TopPLogitsWarper(p.top_p))
+        if p.min_p is not None:
+            chain.append(MinPLogitsWarper(p.min_p))
+        if p.typical_p < 1.0:
+            chain.append(TypicalLogitsWarper(mass=p.typical_p))
+        if p.epsilon_cutoff > 0.0:
+            chain.append(EpsilonLogitsWarper(p.epsilon_cutoff))
+        if p.eta_cutoff > 0.0:
+            chain.append(EtaLogitsWarper(p.eta_cutoff, device="cpu"))
+    return LogitsProcessorList(chain) if chain else None
+
+
+@contextmanager
+def packed_weights(model: AnswerModel, device: Device) -> Iterator[None]:
+    """Inside, float32 products on a CPU run through oneDNN on weights laid out for it.
+
+    The numbers are the same but for rounding. torch gives these products to MKL, which leaves the
+    AVX-512 of AMD CPUs alone: on a Zen 5 oneDNN was 2.3 times as fast with 2,048 rows, 2.5 to 4
+    times with 16 to 64, 3 times with one. It costs a second copy of the weights; no gradients.
+    """
+    packed: list[Any] = []
+    compiled = getattr(model.model.base_model, "_compiled_call_impl", None)
+    if torch.backends.mkldnn.is_available() and device.autocast_dtype is None and not compiled:
+        packed = [module for module in model.modules() if _can_be_packed(module)]
+    for module in packed:
+        weight = module.weight.detach()
+        if isinstance(module, Conv1D):  # GPT-2's, [in, out]
+            weight = weight.t()
+        layout = torch.ops.mkldnn._reorder_linear_weight(weight)
+        bias = None if module.bias is None else module.bias.detach()
+        module.forward = partial(_packed_linear, layout, bias)
+    try:
+        yield
+    finally:
+        for module in packed:
+            del module.forward
+
+
+def _can_be_packed(module: nn.Module) -> bool:
+    # A weight that is shared among ranks (FSDP) has a type of its own.
+    return (
+        type(module) in (nn.Linear, Conv1D)
+        and type(module.weight) is nn.Parameter
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype == torch.float32
+    )
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """x [..., in] -> [..., out]"""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:
+    """Raise a UserError for a token id that the model does not have."""
+    known = model.model.get_input_embeddings().num_embeddings
+    ends = params.eos_token_id or []
+    named = {
+        "bad_words_ids": [token for word in params.bad_words_ids or [] for token in word],
+        "suppress_tokens": params.suppress_tokens or [],
+        "begin_suppress_tokens": params.begin_suppress_tokens or [],
+        "eos_token_id": ends if isinstance(ends, list) else [ends],
+    }
+    for name, tokens in named.items():
+        if tokens and max(tokens) >= known:
+            raise UserError(
+                f"{where}.{name}: found token {max(tokens)}; allowed: 0 to {known - 1}, the model's"
+            )

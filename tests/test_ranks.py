@@ -1,0 +1,182 @@
+"""Several ranks are one run: same weights, every sample once, checkpoints that fit any number."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sft
+from conftest import cli, metrics_of, newest, rows, train_config, weights_of, write_yaml
+
+
+def _work(rank: int, count: int, port: int, output: Path, arguments: list[str]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    handle = (output / f"rank-{rank}.txt").open("w")
+    os.dup2(handle.fileno(), 1)
+    os.dup2(handle.fileno(), 2)
+    sys.stdout = sys.stderr = handle
+    torch.manual_seed(0)
+    code = sft.main(arguments)
+    handle.flush()
+    os._exit(code)
+
+
+def run_ranks(count: int, output: Path, *arguments: Any) -> list[str]:
+    """The command line on `count` real processes joined by gloo; what each of them printed.
+
+    Forked from this process, which has torch loaded already; torchrun itself is in the slow tests.
+    """
+    output.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    words = [str(argument) for argument in arguments]
+    processes = [
+        context.Process(target=_work, args=(rank, count, port, output, words))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    printed = [(output / f"rank-{rank}.txt").read_text() for rank in range(count)]
+    assert codes == [0] * count, (codes, printed)
+    return printed
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """21 and 7 samples: the last step of an epoch and the last round of validation are short."""
+    path = tmp_path / "uneven.json"
+    splits = {"train": rows(21), "val": rows(7, offset=40), "test": rows(7, offset=60)}
+    path.write_text(json.dumps(splits))
+    return path
+
+
+def config_for(model: Path, data: Path, run: Path, **changes: Any) -> Path:
+    settings: dict[str, Any] = {"trainer__params__precision": "64", "data__batch_size": 8}
+    return write_yaml(
+        run.with_suffix(".yaml"), train_config(model, data, run, **(settings | changes))
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["gpt_neo", "qwen2"])  # both with a tied output head
+def test_one_process_and_several_ranks_train_the_same_weights(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, kind: str, strategy: str
+) -> None:
+    alone = tmp_path / "alone"
+    generating = {
+        "model_params__do_compute_metrics": True,
+        "model_params__val_generate_params": {"max_new_tokens": 4},
+    }
+    model = model_dirs[kind]
+    assert cli("train", config_for(model, uneven, alone, **generating)) == 0
+    expected = weights_of(newest(alone))
+    for count, size in ((2, 4), (4, 2)):
+        run = tmp_path / f"ranks-{count}"
+        config = config_for(
+            model,
+            uneven,
+            run,
+            **generating,
+            data__batch_size=size,
+            trainer__params__strategy=strategy,
+        )
+        printed = run_ranks(count, tmp_path / "output", "train", config)
+        assert printed[1:] == [""] * (count - 1)
+        assert f"{size} samples x 1 batches x {count} ranks = 8 samples" in printed[0]
+        found = weights_of(newest(run))
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+        for ours, theirs in zip(metrics_of(run), metrics_of(alone), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+@pytest.mark.parametrize("strategies", [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, strategies: tuple[str, str]
+) -> None:
+    """2 ranks, then 1, then 4, handing over after steps 2 and 4, end where one process ends."""
+    first, last = strategies
+
+    def config(name: str, size: int, strategy: str, after: Path | None = None) -> Path:
+        return config_for(
+            model_dirs["gpt_neo"],
+            uneven,
+            tmp_path / name,
+            data__batch_size=size,
+            trainer__params__strategy=strategy,
+            trainer__ckpt_path=str(after) if after else None,
+            trainer__checkpoint__every_n_train_steps=2,
+            trainer__checkpoint__save_top_k=9,
+        )
+
+    output = tmp_path / "output"
+    assert cli("train", config("alone", 8, "ddp")) == 0
+    run_ranks(2, output, "train", config("two", 4, first))
+    handed_over = tmp_path / "two" / "step-000002"
+    assert cli("train", config("one", 8, "ddp", after=handed_over)) == 0
+    handed_over = tmp_path / "one" / "step-000004"
+    run_ranks(4, output, "train", config("four", 2, last, after=handed_over))
+
+    expected, found = (weights_of(newest(tmp_path / name)) for name in ("alone", "four"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(metrics_of(tmp_path / "four"), metrics_of(tmp_path / "alone")[-3:]):
+        assert ours == pytest.approx(theirs, rel=1e-10)
+    files = {path.name for path in newest(tmp_path / "alone").iterdir()}
+    assert {path.name for path in newest(tmp_path / "four").iterdir()} == files
+
+
+def test_another_number_of_samples_a_step_is_refused_with_the_way_out(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = config_for(model_dirs["gpt_neo"], uneven, tmp_path / "run", data__batch_size=4)
+    run_ranks(2, tmp_path / "output", "train", config)
+    assert cli("train", config, "trainer.ckpt_path=last") == 2
+    message = capsys.readouterr().err
+    product = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
+    assert f"{product}: the checkpoint has 8, this run has 4" in message
+
+
+def test_ranks_answer_a_test_as_one_process_does(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path
+) -> None:
+    logs = []
+    for name in ("alone", "ranks"):
+        logs.append(tmp_path / f"{name}.jsonl")
+        content = {
+            "data": {"data_dir": str(uneven)},
+            "generate_params": {"max_new_tokens": 5},
+            "model_name": str(model_dirs["gpt_neo"]),
+            "test_params": {"log_file": str(logs[-1]), "save_steps": 3, "batch_size": 2},
+        }
+        config = write_yaml(tmp_path / f"{name}.yaml", content)
+        if name == "alone":
+            assert cli("test", config) == 0
+        else:
+            assert run_ranks(2, tmp_path / "output", "test", config)[1] == ""
+    alone, shared = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours.pop("reference_nll") == pytest.approx(theirs.pop("reference_nll"), abs=1e-4)
+        assert ours == theirs
