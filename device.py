@@ -69,7 +69,11 @@ class Ranks:
             # gloo carries what the host decides, whatever carries the gradients. The group is never
             # destroyed: its destructor may wait for a thread that waits for Python's lock.
             backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            distributed.init_process_group(backend)
+            # After a restart, torchrun's store still holds the addresses of the dead processes.
+            attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+            store, rank, count = next(distributed.rendezvous("env://"))
+            store = distributed.PrefixStore(attempt, store)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -201,9 +205,7 @@ class Device:
         if self.world_size == 1:
             return model
         if strategy == "ddp":
-            return DistributedDataParallel(
-                model, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            return DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.lockstep = True
         mesh = init_device_mesh(self.kind, (self.world_size,))
         for block in blocks:

@@ -143,7 +143,10 @@ def main(argv: list[str]) -> int:
 
         if not lost_rank(error):
             raise
-        complain("another rank is gone, this one stops; its own message says why")
+        complain(
+            "another rank is gone (killed, or failed with a message of its own), so this one stops; "
+            "go on with trainer.ckpt_path=last"
+        )
         return 1
     return 2
 
