@@ -23,6 +23,7 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
+from transformers.pytorch_utils import Conv1D
 
 import freeze
 from config import ModelParams, UserError
@@ -248,8 +249,30 @@ def _whole_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
-# ------------------------------------------------------------------- feed-forward and norms
+# ----------------------------------------------------------- products, feed-forward and norms
 
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] @ weight [O, I] transposed + bias [O] -> [..., O], as F.linear.
+
+    torch gives float32 products on CPUs to MKL, which leaves the AVX-512 of AMD's alone; oneDNN,
+    which torch has as well, was about twice as fast on a Zen 5.
+    """
+    if (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) in PLAIN
+        and type(weight) in PLAIN  # and not FSDP's, which is shared among ranks
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+PLAIN = (Tensor, nn.Parameter)
 # An activation, and its gradient from that of its output and its input.
 GELU = (
     functools.partial(F.gelu, approximate="tanh"),
@@ -259,48 +282,68 @@ SILU = (F.silu, torch.ops.aten.silu_backward)
 SAME = 1e-5  # a faster module stands in for one whose output it gives to this, relative
 
 
-class ActivatedLinear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """linear(activation(x) * up) that keeps x and up for the backward pass, and nothing else.
 
-    These are the widest tensors of a block, three to four times the hidden size; computing the
+    They are the widest tensors of a block, three to four times the hidden size; computing the
     activation and the product again costs about 1 % of a step.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kind: Any, x: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any, up: Tensor | None
     ) -> Tensor:
-        """kind GELU or SILU, x and up [..., I], weight [C, I], bias [C] -> [..., C]"""
+        """x, up [..., I], weight [C, I], bias [C] -> [..., C]; kind GELU, SILU or None"""
         ctx.kind = kind
         ctx.save_for_backward(x, up, weight)
-        active = kind[0](x)
-        return F.linear(active if up is None else active.mul_(up), weight, bias)
+        active = kind[0](x) if kind else x
+        return product(active if up is None else active.mul_(up), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, up, weight = ctx.saved_tensors
-        activate, activate_backward = ctx.kind
-        _, need_x, need_up, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad
         grad = outputs[0].flatten(0, -2)
         x_grad = up_grad = weight_grad = None
-        active = activate(x)
+        active = ctx.kind[0](x) if ctx.kind else x
         if need_weight:
-            product = active if up is None else active * up
-            product = product.flatten(0, -2).to(grad.dtype)
-            weight_grad = (grad.T @ product).to(weight.dtype)
-            del product
+            inputs = active if up is None else active * up
+            inputs = inputs.flatten(0, -2).to(grad.dtype)
+            weight_grad = product(grad.T, inputs.T).to(weight.dtype)
+            del inputs
         if need_x or need_up:
-            inner = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-            up_grad = active.mul_(inner) if need_up else None
-            x_grad = activate_backward(inner if up is None else inner.mul_(up), x)
+            x_grad = product(grad, weight.T.to(grad.dtype)).view(x.shape).to(x.dtype)
+            if up is not None:
+                up_grad = active.mul_(x_grad) if need_up else None
+                x_grad.mul_(up)
+            if ctx.kind:
+                x_grad = ctx.kind[1](x_grad, x)
         bias_grad = grad.sum(0).to(weight.dtype) if need_bias else None
-        return None, x_grad, up_grad, weight_grad, bias_grad
+        return x_grad, weight_grad, bias_grad, None, up_grad
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any = None, up: Tensor | None = None
+) -> Tensor:
+    return LinearFunction.apply(x, weight, bias, kind, up)
+
+
+class FastLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class FastConv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.T, self.bias)
 
 
 class FusedGPTNeoMLP(GPTNeoMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x = self.c_fc(hidden_states)
-        x = ActivatedLinear.apply(GELU, x, None, self.c_proj.weight, self.c_proj.bias)
+        if not torch.is_grad_enabled():  # nothing is kept
+            return super().forward(hidden_states)
+        down = self.c_proj
+        x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU)
         return self.dropout(x)
 
 
@@ -312,10 +355,10 @@ class FusedGatedMLP(nn.Module):
     down_proj: nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        down = self.down_proj
-        return ActivatedLinear.apply(
-            SILU, self.gate_proj(x), self.up_proj(x), down.weight, down.bias
-        )
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if not torch.is_grad_enabled():
+            return down(F.silu(gate).mul_(up))
+        return linear(gate, down.weight, down.bias, SILU, up)
 
 
 class ScaledRMS(torch.autograd.Function):
@@ -366,6 +409,10 @@ def speed_up(model: PreTrainedModel) -> None:
     """Put faster modules with the same results in place of the model's own."""
     for module in model.modules():
         children = dict(module.named_children())
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+        if type(module) is Conv1D:
+            module.__class__ = FastConv1D
         if type(module) is GPTNeoSelfAttention:
             module.__class__ = SdpaGPTNeoAttention
             module.bias = None  # the [1, 1, context, context] mask of the eager form
@@ -563,7 +610,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = max(1, LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), rows):
             h, ids = hidden[start : start + rows], target_ids[start : start + rows]
-            logits = F.linear(h, weight, bias)
+            logits = product(h, weight, bias)
             dtype = logits.dtype  # autocast's, if it is on
             scores = logits.to(exact)  # the same memory when there is nothing to convert
             if softcap:
@@ -587,11 +634,11 @@ class _ChunkedLoss(torch.autograd.Function):
                 bias_grad += scores.sum(0)
             scores = scores.to(dtype)
             if hidden_grad is not None:
-                hidden_grad[start : start + rows] = scores @ weight.to(dtype)
+                hidden_grad[start : start + rows] = product(scores, weight.T.to(dtype))
             if need_weight:
                 h = h.to(dtype)
                 if weight_grad is None:
-                    weight_grad = (scores.T @ h).to(weight.dtype)
+                    weight_grad = product(scores.T, h.T).to(weight.dtype)
                 elif weight_grad.dtype == dtype:
                     weight_grad.addmm_(scores.T, h)
                 else:
