@@ -424,7 +424,7 @@ def packed_weights(model: AnswerModel, device: Device) -> Iterator[None]:
 def _can_be_packed(module: nn.Module) -> bool:
     # A weight that is shared among ranks (FSDP) has a type of its own.
     return (
-        type(module) in (nn.Linear, Conv1D)
+        isinstance(module, (nn.Linear, Conv1D))
         and type(module.weight) is nn.Parameter
         and module.weight.device.type == "cpu"
         and module.weight.dtype == torch.float32
