@@ -31,6 +31,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import freeze
 from config import UserError
 from data import Batch
 
@@ -170,6 +171,11 @@ class Device:
         if self.kind == "cpu":
             _set_allocator(keep_freed=self.world_size == 1)
         if self.kind == "cuda":
+            if self.ranks.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"torchrun --nproc_per_node: found {os.environ['LOCAL_WORLD_SIZE']}; allowed: "
+                    f"at most {torch.cuda.device_count()}, the GPUs of this machine"
+                )
             torch.cuda.set_device(self.torch_device)
             # Full float32 products for precision 32: TF32 keeps 10 of 23 bits. Whoever wants
             # speed on tensor cores asks for bf16-mixed, which says so in the configuration.
@@ -197,11 +203,14 @@ class Device:
 
     # ----------------------------------------------------------------------------- ranks
 
-    def parallel(self, model: AnswerModel, blocks: Iterable[nn.Module], strategy: str) -> nn.Module:
+    def parallel(self, model: AnswerModel, strategy: str) -> nn.Module:
         """The model on this device, as what the loop calls: several ranks add up their gradients.
 
         `ddp` keeps the whole model on every rank. `fsdp` (FSDP2) changes `model` in place: each
         rank keeps a slice of every parameter, and whole ones exist for one block at a time.
+
+        Raises:
+            UserError: `fsdp` for a model without a stack of blocks.
         """
         if self.world_size == 1 or strategy == "ddp":
             self.move_model(model)
@@ -211,7 +220,7 @@ class Device:
             return DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.lockstep = True
         mesh = init_device_mesh(self.kind, (self.world_size,))
-        for block in blocks:
+        for block in freeze.blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for method in ("next_logits", "target_losses"):

@@ -259,9 +259,7 @@ class Run:
         self.model.packs &= not self.params.compile and self.shape is None
         if self.params.compile:
             model.base_model.compile(dynamic=True)
-        self.training_model = self.device.parallel(
-            self.model, freeze.blocks(model), self.params.strategy
-        )
+        self.training_model = self.device.parallel(self.model, self.params.strategy)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
 
