@@ -96,7 +96,8 @@ def loop(run: Run, stop: Stop) -> int:
         result = device.step(run.optimizer, run.trainable, run.clip, loss)
         run.after_step(result, rows, rate)
 
-    return run.finish(stop.signal)
+    stopped_by = max(device.ranks.gather(stop.signal or 0))  # one rank's signal stops all
+    return run.finish(stopped_by or None)
 
 
 def main(argv: list[str]) -> int:

@@ -185,6 +185,32 @@ def test_ranks_answer_a_test_as_one_process_does(
         assert ours == theirs
 
 
+@pytest.mark.parametrize("precision", ["16", "bf16"])
+def test_slices_train_as_whole_models_do_in_mixed_precision(
+    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, precision: str
+) -> None:
+    """With the GradScaler, accumulation and recomputed activations; weights stay float32."""
+    losses = []
+    for strategy in ("ddp", "fsdp"):
+        run = tmp_path / strategy
+        config = config_for(
+            model_dirs["llama"],
+            uneven,
+            run,
+            data__batch_size=2,
+            trainer__params__accumulate_grad_batches=2,
+            trainer__params__gradient_checkpointing=True,
+            trainer__params__max_steps=3,
+            trainer__params__precision=precision,
+            trainer__params__strategy=strategy,
+        )
+        run_ranks(2, tmp_path / "output", "train", config)
+        losses.append([line["loss"] for line in metrics_of(run) if "loss" in line])
+        assert {value.dtype for value in weights_of(newest(run)).values()} == {torch.float32}
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
 def torchrun(count: int, restarts: int, *arguments: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
     command += [f"--max-restarts={restarts}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
