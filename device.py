@@ -168,7 +168,7 @@ class Device:
             raise UserError("trainer.params.precision: found 64; MPS has no float64")
         self.scaler = torch.amp.GradScaler(self.kind, enabled=precision == "16-mixed")
         if self.kind == "cpu":
-            _keep_freed_memory()
+            _set_allocator(keep_freed=self.world_size == 1)
         if self.kind == "cuda":
             torch.cuda.set_device(self.torch_device)
             # Full float32 products for precision 32: TF32 keeps 10 of 23 bits. Whoever wants
@@ -408,16 +408,21 @@ class Device:
             torch.mps.set_rng_state(state["mps"])
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed buffers for the next step instead of returning them to the kernel.
+def _set_allocator(keep_freed: bool) -> None:
+    """Let glibc keep freed buffers for the next step, or return them to the kernel at once.
 
     Activations and gradients are freed and allocated anew in every step; giving their pages back
-    and faulting them in again costs about 6 % of a step. Elsewhere than on glibc nothing happens.
+    and faulting them in again costs about 6 % of a step. With several ranks the threads that carry
+    gradients allocate too, each from a heap of its own, and what is kept there was measured to
+    make 4.2 GB of 2.9. Elsewhere than on glibc nothing happens.
     """
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
+        return
+    if not keep_freed:
+        mallopt(m_mmap_threshold, 2**20)
         return
     mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc allows
     mallopt(m_trim_threshold, 2**31 - 1)
