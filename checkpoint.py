@@ -297,7 +297,7 @@ def check_same_run(
     Raises:
         UserError: naming everything that differs and would change what the state means.
     """
-    stored, current = _flat(state["config"]), _flat(resolved(config))
+    stored, current = flatten(state["config"]), flatten(resolved(config))
     wrong = [
         f"{name}: the checkpoint has {state['identity'].get(name)}, this run has {value}"
         for name, value in identity.items()
@@ -322,11 +322,12 @@ def check_same_run(
     return remarks
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one dictionary of full paths."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat

@@ -200,7 +200,11 @@ class GenerateParams(Section):
 
 class TrainData(Section):
     batch_size: PositiveInt = key(8, "samples per micro-batch and rank", resume="free")
-    data_dir: str = key(..., "the data: a JSON file or a directory", resume="free")
+    data_dir: str = key(
+        ..., "the data: a .json, .jsonl or .csv file, or a directory", resume="free"
+    )
+    question_key: str = key("Question", "name of the column or field with the question")
+    answer_key: str = key("Answer", "name of the column or field with the answer")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
@@ -351,7 +355,9 @@ class TrainConfig(Section):
 
 
 class TestData(Section):
-    data_dir: str = key(..., "the data: a JSON file or a directory")
+    data_dir: str = key(..., "the data: a .json, .jsonl or .csv file, or a directory")
+    question_key: str = key("Question", "name of the column or field with the question")
+    answer_key: str = key("Answer", "name of the column or field with the answer")
     max_prompt_length: PositiveInt = key(256, "tokens per prompt")
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"
@@ -721,13 +727,6 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
-
-
-def compact(config: BaseModel) -> str:
-    """The resolved configuration in a few lines, for the console; it is valid YAML."""
-    return yaml.safe_dump(
-        resolved(config), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-    ).rstrip()
 
 
 def reference() -> str:

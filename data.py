@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from config import DEFAULT_TEMPLATE, UserError
+from config import DEFAULT_TEMPLATE, TestData, TrainData, UserError
 
 IGNORE = -100  # the label of a position that is not trained on (torch's cross_entropy default)
 SPLIT_NAMES = {"validation": "val"}
@@ -89,7 +89,7 @@ class DataSource:
         splits: dict[str, list[Any] | Path] = {}
         for file in files:
             if file.suffix == ".json":
-                splits.update(_read_json(file))
+                splits.update(_read_json(file, question_key, answer_key))
             elif file.suffix in (".jsonl", ".csv"):
                 name = split_name(file.stem) if path.is_dir() else "train"
                 if name in splits:
@@ -101,6 +101,11 @@ class DataSource:
             else:
                 raise UserError(f"{file}: found {file.suffix!r}; allowed: .json, .jsonl or .csv")
         return cls(path, splits, question_key, answer_key)
+
+    @classmethod
+    def configured(cls, data: TrainData | TestData) -> DataSource:
+        """`open` as a configuration's `data` section says."""
+        return cls.open(data.data_dir, data.question_key, data.answer_key)
 
     def has(self, split: str) -> bool:
         """Whether the split is there and has a row; an empty one counts as absent."""
@@ -116,16 +121,23 @@ class DataSource:
         """
         split = split_name(split)
         if split not in self.splits:
-            raise UserError(f"{self.path}: no split {split!r}; found {', '.join(self.splits)}")
+            hint = ""
+            if not set(_SPLITS) & self.splits.keys():  # then this is another name for one of them
+                name = next(iter(self.splits))
+                hint = ". " + _fix(self.path, f"{{{split!r}: d.pop({name!r}), **d}}")
+            found = ", ".join(self.splits)
+            raise UserError(f"{self.path}: no split {split!r}; found {found}{hint}")
         rows = self.splits[split]
         name = str(rows if isinstance(rows, Path) else self.path)
         problems: dict[str, list[int]] = {}
+        advice = ""
         count = 0
         for row, record in enumerate(_records(rows), start=1):
             count += 1
             problem = self._problem(record, empty_answers)
             if problem:
                 problems.setdefault(problem, []).append(row)
+                advice = advice or self._advice(record, name)
             elif not problems:
                 yield Pair(row, record[self.question_key], record[self.answer_key])
         if count == 0:
@@ -134,7 +146,7 @@ class DataSource:
             lines = [f"  {numbered(rows)}: {problem}" for problem, rows in problems.items()]
             raise UserError(
                 f"{name}: {sum(map(len, problems.values()))} of {count} rows of {split!r} cannot "
-                "be used (rows count from 1)\n" + "\n".join(lines)
+                "be used (rows count from 1)\n" + "\n".join(lines) + advice
             )
 
     def _problem(self, record: Any, empty_answers: bool) -> str | None:
@@ -150,9 +162,35 @@ class DataSource:
                 value.encode("utf-8")
             except UnicodeEncodeError:
                 return f"{name!r} holds half a surrogate pair, which is not a character"
+        if None in record:  # so csv.DictReader names what is beyond the header
+            return "more columns than the header; a text with a comma stands in quotes"
         if not record[self.answer_key].strip() and not empty_answers:
             return f"{self.answer_key!r} is empty; there is nothing to learn from it"
         return None
+
+    def _advice(self, record: Any, file: str) -> str:
+        """Two lines that put right a file whose columns have other names or another separator."""
+        if not isinstance(record, dict) or {self.question_key, self.answer_key} <= record.keys():
+            return ""
+        names = [name for name in record if isinstance(name, str)]
+        mark = next((c for c in ";\t|" if names and c in names[0]), None)
+        if file.endswith(".csv") and len(names) == 1 and mark:
+            return (
+                f"\n  its columns are separated by {mark!r}; two lines of Python make it commas:\n"
+                f"    import csv; rows = list(csv.reader(open({file!r}, encoding='utf-8-sig', "
+                f"newline=''), delimiter={mark!r}))\n"
+                f"    csv.writer(open({file!r}, 'w', encoding='utf-8', newline='')).writerows(rows)"
+            )
+        if len(names) < 2:
+            return ""
+        question = next((n for n in names if re.search("quest|prompt|instr", n, re.I)), names[0])
+        answers = "answ|resp|complet|output|target"
+        answer = next((n for n in names if re.search(answers, n, re.I)), names[-1])
+        return (
+            "\n  if these are other names for them, two lines under `data:` of the YAML say so:\n"
+            f"    question_key: {json.dumps(question, ensure_ascii=False)}\n"
+            f"    answer_key: {json.dumps(answer, ensure_ascii=False)}"
+        )
 
     def _keys(self) -> str:
         return f"{self.question_key!r} and {self.answer_key!r}"
@@ -205,7 +243,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _read_json(file: Path) -> dict[str, list[Any] | Path]:
+def _fix(file: Path, content: str) -> str:
+    """Two lines of Python that write `file` anew, with `content` made of its old content d."""
+    return (
+        "Two lines of Python put it right:\n"
+        f"  import json; d = json.load(open({str(file)!r}, encoding='utf-8-sig'))\n"
+        f"  json.dump({content}, open({str(file)!r}, 'w', encoding='utf-8'))"
+    )
+
+
+def _read_json(file: Path, question_key: str, answer_key: str) -> dict[str, list[Any] | Path]:
     try:
         with file.open(encoding="utf-8-sig") as handle:
             content: Any = json.load(handle, object_pairs_hook=_object)
@@ -219,12 +266,9 @@ def _read_json(file: Path) -> dict[str, list[Any] | Path]:
     shape = (
         '{"train": [{"Question": "...", "Answer": "..."}, ...], "test": [...]} ("val" is optional)'
     )
-    if isinstance(content, list):
-        raise UserError(
-            f"{file}: found a list; allowed: {shape}. Two lines put it right:\n"
-            f"  import json; rows = json.load(open({str(file)!r}))\n"
-            f'  json.dump({{"train": rows}}, open({str(file)!r}, "w"))'
-        )
+    other = _other_shape(content, f"{{{question_key!r}: q, {answer_key!r}: a}}")
+    if other:
+        raise UserError(f"{file}: found {other[0]}; allowed: {shape}. {_fix(file, other[1])}")
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: found {_kind(content)}; allowed: {shape}")
     wrong = [name for name, rows in content.items() if not isinstance(rows, list)]
@@ -237,6 +281,29 @@ def _read_json(file: Path) -> dict[str, list[Any] | Path]:
     if twice:
         raise UserError(f"{file}: found both 'val' and 'validation'; keep one of them")
     return {split_name(name): rows for name, rows in content.items()}
+
+
+def _other_shape(content: Any, pair: str) -> tuple[str, str] | None:
+    """(what it is, what to make of it, as for `_fix`) of shapes that people often have.
+
+    pair: Python text of a row made of a question q and an answer a.
+    """
+
+    def texts(values: Any) -> bool:
+        return bool(values) and all(isinstance(value, str) for value in values)
+
+    if isinstance(content, list):
+        if all(isinstance(row, list) and len(row) == 2 for row in content):
+            return "a list of lists", f"{{'train': [{pair} for q, a in d]}}"
+        return "a list", "{'train': d}"
+    if not isinstance(content, dict):
+        return None
+    columns = list(content.values())
+    if texts(columns):
+        return "questions as keys", f"{{'train': [{pair} for q, a in d.items()]}}"
+    if len(columns) == 2 and all(isinstance(c, list) and texts(c) for c in columns):
+        return "two columns", f"{{'train': [{pair} for q, a in zip(*d.values())]}}"
+    return None
 
 
 def _records(rows: list[Any] | Path) -> Iterator[Any]:

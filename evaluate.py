@@ -26,7 +26,6 @@ from config import (
     TestConfig,
     TrainConfig,
     UserError,
-    compact,
     resolved,
 )
 from data import (
@@ -218,7 +217,7 @@ def test_model(
             f"data.prompt_template: found {config.data.prompt_template!r}, but {place} was "
             f"trained with {template!r}; remove the key or put that one"
         )
-    source = DataSource.open(config.data.data_dir)
+    source = DataSource.configured(config.data)
     tokenizer = load_tokenizer(str(place))
     encoder = Encoder(tokenizer, template)
     prompts, counts = prepare_inference(
@@ -240,15 +239,14 @@ def test_model(
     model = AnswerModel(plain).eval()
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
-    console.say(compact(config) + "\n")
-    console.say(f"model     {place}, {parameters_in(plain.parameters()):,} parameters")
+    row = console.row
+    row("model", f"{place}, {parameters_in(plain.parameters()):,} parameters")
     for remark in remarks:
-        console.say(f"          {remark}")
-    console.say(f"device    {device.describe()}, 32-true")
-    console.say(
-        f"data      {config.data.data_dir} [{config.data.split}]: {counts.describe()}, "
-        f"longest prompt {longest} tokens"
-    )
+        row("", remark)
+    row("device", f"{device.describe()}, 32-true")
+    row("data", f"{config.data.data_dir} [{config.data.split}]: {counts.describe()}")
+    new = config.generate_params.max_new_tokens
+    row("", f"longest prompt {longest} tokens, at most {new} new ones")
     log = AnswerLog(log_file, identity(config, place, source, template))
     ranks = device.ranks
     records = ranks.first(lambda: log.open(len(prompts), config.test_params.save_steps))
@@ -387,7 +385,7 @@ def find_model(name: str, console: Console) -> Path | str:
             path, remarks = checkpoint.find(str(path), path)
             for remark in remarks:
                 console.warn(remark)
-            console.warn(f"{best}: there is none yet; {path} is tested")
+            console.warn(f"{best}: there is none yet; {path} is used")
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.verify(path)
     return path

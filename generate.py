@@ -186,6 +186,7 @@ def generate(
     padding_side: str = "left",
     pad_to: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    on_token: Callable[[Prompt, list[int]], None] = lambda prompt, tokens: None,
 ) -> Iterator[Answer]:
     """Answer prompts, `batch_size` at a time, yielding each as it is finished.
 
@@ -198,6 +199,7 @@ def generate(
         pad_to: pad prompts to at least this length; None: to the longest of those that enter
             together.
         should_stop: asked before each token; true ends the iteration.
+        on_token: told of each new token, with all the tokens of that answer so far.
 
     Where shapes are static, every forward pass is one over whole sequences, [batch_size, pad_to +
     max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
@@ -252,6 +254,7 @@ def generate(
                 continue
             if token is not None:
                 row.tokens.append(token)
+                on_token(row.prompt, row.tokens)
             if len(row.tokens) >= params.max_new_tokens:
                 yield Answer(row.prompt, row.tokens, False)
                 continue

@@ -26,7 +26,7 @@ import torch
 
 import checkpoint
 import freeze
-from config import TrainConfig, UserError, compact, resolved, to_yaml
+from config import TestConfig, TrainConfig, UserError, load, resolved, to_yaml
 from data import (
     Batch,
     DataSource,
@@ -56,18 +56,20 @@ from model import (
     quiet_libraries,
     warmup_steps,
 )
-from track import METRICS, Console, Metrics, WandbWriter, duration
+from track import CURVES, METRICS, Console, Curves, Metrics, WandbWriter, duration, visible
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "wandb")
+PACKAGES = (
+    "torch transformers tokenizers safetensors numpy pydantic pyyaml nltk rouge-score wandb tqdm "
+    "matplotlib"
+).split()
 SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
-SAMPLE_ANSWERS = 3  # shown after a validation that generates
-SHOWN_METRICS = (
-    ("val_loss", "loss", 4),
-    ("val_exact_match", "exact match", 3),
-    ("val_token_f1", "F1", 3),
-    ("val_bleu", "BLEU", 3),
-    ("val_rougeL", "ROUGE-L", 3),
-)
+SAMPLE_ANSWERS = 3  # of the last validation that generates, shown at the end
+SHOWN_METRICS = {  # on the line of a validation; the one that selects `best` is always there
+    "val_loss": "val loss",
+    "val_exact_match": "EM",
+    "val_token_f1": "F1",
+    "val_rougeL": "ROUGE-L",
+}
 
 
 @dataclass
@@ -121,7 +123,8 @@ class Run:
         trainable: the parameters that the optimizer updates.
     """
 
-    def __init__(self, config: TrainConfig, quiet: bool = False) -> None:
+    def __init__(self, config: TrainConfig, quiet: bool = False, dry: bool = False) -> None:
+        """`dry` sets everything up and announces it without touching the run's directory."""
         quiet_libraries()
         self.config = config
         self.params = config.trainer.params
@@ -130,41 +133,60 @@ class Run:
         self.ranks = self.device.ranks
         self.console = Console(quiet=quiet, silent=self.ranks.rank > 0)
         self.directory = Path(config.trainer.checkpoint.dirpath)
-        self.resumed_from = self.ranks.first(self._open_directory)
-        # (B, T) of every batch, where each new shape is compiled.
         self.batch_size = config.data.batch_size * self.device.shards
+        # (B, T) of every batch, where each new shape is compiled.
         static = self.device.static_shapes or config.data.on_tpu
         self.shape = (self.batch_size, config.data.max_length) if static else None
+        self.resumed_from: Path | None = None
+        if not dry:
+            self.ranks.first(self._open_directory)
+        try:
+            self.resumed_from = self.ranks.first(self._resume_point)
+        except UserError as error:
+            if not dry:
+                raise
+            self.console.warn(f"train would refuse this: {error}")
 
-        source = DataSource.open(config.data.data_dir)
+        self.source = DataSource.configured(config.data)
         self.remarks: list[str] = []
         self._load_model()
-        self._load_data(source)
+        self._load_data(self.source)
         self._plan()
         identity = {
             "model": architecture(config.model_name),
-            "data": source.fingerprint(),
+            "data": self.source.fingerprint(),
             SAMPLES_PER_STEP: self.samples_per_step,
         }
         self.identity = identity
+        self.answers: list[dict[str, Any]] = []
         self.state = State(wandb_id=uuid.uuid4().hex[:8])
         metrics_size = 0
         self.device.seed(config.seed)
         if self.resumed_from:
             metrics_size = self._restore(self.resumed_from)
-        self._cache_prefix()
+        if not dry:
+            self._cache_prefix()
         self.saved_at = self._moment() if self.resumed_from else None
         self.saved_step = self.state.global_step if self.resumed_from else 0
-        self._open_records(metrics_size)
+        # Rank 0 of a real run keeps the records.
+        self.metrics: Metrics | None = None
+        self.wandb: WandbWriter | None = None
+        self.curves: Curves | None = None
+        if not dry and self.ranks.rank == 0:
+            self._open_records(metrics_size)
         self._announce()
+        if not dry:
+            self.console.start_bar(self.total_steps, self.state.global_step)
         self.started = self.window_started = time.monotonic()
 
     # ---------------------------------------------------------------------------- set-up
 
-    def _open_directory(self) -> Path | None:
-        """Make the run's directory usable; the checkpoint to resume from, if any."""
-        checkpoint_config, wanted = self.config.trainer.checkpoint, self.config.trainer.ckpt_path
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    def _open_directory(self) -> None:
+        """Make the run's directory usable.
+
+        Raises:
+            UserError: it cannot be written to, or another process trains there.
+        """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".tmp-probe-{os.getpid()}"
@@ -177,6 +199,15 @@ class Run:
             ) from None
         self.lock = checkpoint.lock(self.directory)
         checkpoint.clean_up(self.directory)
+
+    def _resume_point(self) -> Path | None:
+        """The checkpoint to resume from, if any.
+
+        Raises:
+            UserError: there is none where one is wanted, or a run that would be overwritten.
+        """
+        checkpoint_config, wanted = self.config.trainer.checkpoint, self.config.trainer.ckpt_path
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         there = checkpoint.steps(self.directory)
         if restarted and there:  # torchrun started the same command again after a failure
             wanted = "last"
@@ -337,10 +368,6 @@ class Run:
 
     def _open_records(self, metrics_size: int) -> None:
         """metrics.jsonl, the resolved configuration, and what the run was made with."""
-        self.metrics: Metrics | None = None
-        self.wandb: WandbWriter | None = None
-        if self.ranks.rank > 0:
-            return
         metrics = self.directory / METRICS
         if metrics.exists() and not metrics_size:
             metrics.replace(metrics.with_suffix(".old.jsonl"))
@@ -351,6 +378,7 @@ class Run:
             "resumed_from": str(self.resumed_from) if self.resumed_from else None,
             "git_commit": _git_commit(),
             "python": platform.python_version(),
+            "platform": platform.platform(),
             "packages": {name: _version(name) for name in PACKAGES},
             "device": self.device.describe(),
             "ranks": self.ranks.world_size,
@@ -362,6 +390,7 @@ class Run:
             **self.overlap,
         }
         (self.directory / "run.json").write_text(json.dumps(record, indent=1))
+        self.curves = Curves(self.directory, self.console)
         if self.config.wandb is not None:
             self.wandb = WandbWriter(
                 self.config.wandb,
@@ -374,48 +403,63 @@ class Run:
 
     def _announce(self) -> None:
         """What will run, before it runs."""
-        say, params, config = self.console.say, self.params, self.config
-        say(compact(config) + "\n")
+        row, params, config = self.console.row, self.params, self.config
         kinds = self.kinds
         total, trained = sum(k[1] for k in kinds), sum(k[2] for k in kinds)
-        say(f"model     {config.model_name}, {total:,} parameters, {trained / total:.1%} trained")
-        say("          " + ", ".join(f"{kind} {t / n:.0%} of {n:,}" for kind, n, t in kinds))
+        row("model", f"{config.model_name}, {total:,} parameters, {trained / total:.1%} trained")
+        row("", ", ".join(f"{kind} {t / n:.0%} of {n:,}" for kind, n, t in kinds))
         for remark in self.remarks:
-            say(f"          {remark}")
-        say(f"data      {config.data.data_dir} [train]: {self.train_counts.describe()}")
+            row("", remark)
+        held = " (held out of train)" if self.val_split == "train" else ""
+        if params.overfit_batches:
+            held = " (the same: overfit_batches)"
+        sizes = f"{len(self.samples):,} samples to train, {len(self.val_samples):,} to validate"
+        row("data", f"{config.data.data_dir}: {sizes}{held}")
+        row("", f"train: {self.train_counts.describe()}")
+        if self.val_split == "val":
+            row("", f"val: {self.val_samples.counts.describe()}")
         if self.overlap["duplicates"] or self.overlap["train_test_overlap"]:
             self.console.warn(
                 f"{config.data.data_dir}: {self.overlap['duplicates']} pairs of train are "
                 f"duplicates, {self.overlap['train_test_overlap']} questions of test are in train"
             )
-        held = "held out of train" if self.val_split == "train" else f"[{self.val_split}]"
-        if params.overfit_batches:
-            held = "the same (overfit_batches)"
-        counts = "" if self.val_split == "train" else f": {self.val_samples.counts.describe()}"
-        sizes = f"{len(self.samples):,} samples to train, {len(self.val_samples):,} to validate"
-        say(f"          {sizes}, {held}{counts}")
-        ids, prompt = self.samples.ids(0)
-        decode = self.tokenizer.decode
-        shown = f"{decode(ids[:prompt])}[[{decode(ids[prompt:])}]]".replace("\n", "\\n")
-        say(f"sample    {shown}   (trained on what is in [[ ]])")
-        say(
-            f"step      {config.data.batch_size} samples x {params.accumulate_grad_batches} "
-            f"batches x {self.ranks.world_size * self.device.shards} ranks = "
-            f"{self.samples_per_step} samples"
+        self.show_sample(0, longest=200)
+        ranks, batches = self.ranks.world_size * self.device.shards, params.accumulate_grad_batches
+        row(
+            "step",
+            f"{_count(config.data.batch_size, 'sample')} x {_count(batches, 'batch', 'batches')} "
+            f"x {_count(ranks, 'rank')} = {_count(self.samples_per_step, 'sample')}",
         )
-        say(
-            f"plan      {self.steps_per_epoch:,} steps an epoch, {self.total_steps:,} in all, "
-            f"{self.warmup:,} of them warm-up"
+        row(
+            "plan",
+            f"{_count(self.steps_per_epoch, 'step')} an epoch, {self.total_steps:,} in all, "
+            f"{self.warmup:,} of them warm-up",
         )
-        say(f"device    {self.device.describe()}, precision {params.precision}")
+        row("device", f"{self.device.describe()}, precision {params.precision}")
         slow = self.device.slow_precision()
         if slow:
             self.console.warn(slow)
         every = config.trainer.checkpoint.every_n_train_steps
-        say(f"output    {self.directory}, a checkpoint every {every:,} steps")
+        row(
+            "output",
+            f"{self.directory}: a checkpoint every {_count(every, 'step')}, "
+            f"{METRICS}, {CURVES}, {checkpoint.CONFIG} (every value)",
+        )
+        if self.wandb:
+            row("W&B", f"{self.wandb.mode}, project {self.wandb.project}")
         if self.resumed_from:
-            say(f"resume    {self.resumed_from}, after step {self.state.global_step:,}")
-        self.console.start_bar(self.total_steps, self.state.global_step)
+            row("resume", f"{self.resumed_from}, after step {self.state.global_step:,}")
+        else:
+            row("resume", "the same command with trainer.ckpt_path=last goes on after a stop")
+
+    def show_sample(self, i: int, longest: int | None = None) -> None:
+        """Print training sample i; of a text of more than `longest` characters its two ends."""
+        ids, prompt = self.samples.ids(i)
+        texts = [self.tokenizer.decode(part) for part in (ids[:prompt], ids[prompt:])]
+        if longest:
+            half = longest // 2
+            texts = [t if len(t) <= longest else f"{t[:half]} ... {t[-half:]}" for t in texts]
+        self.console.sample(*texts)
 
     # ------------------------------------------------------------------------ during the loop
 
@@ -501,9 +545,8 @@ class Run:
         self._check_health(result, rows)
         mean = result.loss / max(1, int(self.samples.target_lengths[rows].sum()))
         speed = state.tokens / max(1e-9, state.seconds + time.monotonic() - self.started)
-        self.console.progress(
-            state.global_step, loss=f"{mean:.4f}", lr=f"{rate:.2e}", tokens_s=f"{speed:,.0f}"
-        )
+        shown = f"loss {mean:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
+        self.console.progress(state.global_step, shown)
         due = state.global_step % self.params.log_every_n_steps == 0 or self.finished()
         if state.window_targets and due and (result.applied or self.finished()):
             self._log(result, rate)
@@ -631,24 +674,30 @@ class Run:
         if math.isfinite(value) and better:
             state.best_value, state.best_step = value, state.global_step
             self._write("best", lambda directory: None)
+        self.answers = records[:SAMPLE_ANSWERS]
         shown = "  ".join(
-            f"{short} {values[name]:.{digits}f}"
-            for name, short, digits in SHOWN_METRICS
+            f"{SHOWN_METRICS.get(name, name)} {values[name]:.4f}"
+            for name in dict.fromkeys([*SHOWN_METRICS, chosen.log_obg])
             if name in values
         )
-        mark = "  *best*" if state.best_step == state.global_step else ""
+        mark = "  best" if state.best_step == state.global_step else ""
         took = duration(time.monotonic() - began)
-        self.console.say(f"validated step {state.global_step:,}  {shown}  {took}{mark}")
-        for record in records[:SAMPLE_ANSWERS]:
-            self.console.say(
-                f"    {record['question']!r} -> {record['generated']!r}, expected "
-                f"{record['reference']!r}"
-            )
-        self.window_started += time.monotonic() - began  # not training time
-        self.started += time.monotonic() - began
+        self.console.say(f"step {state.global_step:,}  {shown}  {took}{mark}")
+        self._exclude(began)
         if state.best_value is not None and self.saved_at is None:
             self.save()  # never only a best/, which cannot be resumed
+        if not self.finished():  # the end draws anyway
+            began = time.monotonic()
+            if self.curves:
+                self.curves.draw()
+            self._exclude(began)
         return True
+
+    def _exclude(self, began: float) -> None:
+        """The time since `began` is not training time."""
+        spent = time.monotonic() - began
+        self.started += spent
+        self.window_started += spent
 
     def save(self) -> Path:
         """Write a resumable checkpoint, then rotate older ones."""
@@ -673,9 +722,7 @@ class Run:
         if self.ranks.rank == 0:
             checkpoint.rotate(self.directory, keep, {path, self.resumed_from or path})
         self.console.say(f"saved {path} in {duration(time.monotonic() - began)}")
-        spent = time.monotonic() - began
-        self.started += spent
-        self.window_started += spent
+        self._exclude(began)
         return path
 
     def _write(self, name: str, add: Callable[[Path], Any]) -> Path:
@@ -701,6 +748,8 @@ class Run:
         if self.saved_at != self._moment() and self.state.position > 0:
             self.save()
         self.console.close()
+        if self.curves and self.state.position > 0:
+            self.curves.draw(last=True)
         return self._farewell(stopped_by)
 
     def close(self) -> None:
@@ -714,7 +763,8 @@ class Run:
 
     def _farewell(self, stopped_by: int | None) -> int:
         """The last lines; the exit code."""
-        say, state, chosen = self.console.say, self.state, self.config.trainer.checkpoint
+        say, row = self.console.say, self.console.row
+        state, chosen = self.state, self.config.trainer.checkpoint
         if stopped_by is not None and state.position == 0:
             say("stopped before the first step; there is nothing to go on from")
             return 128 + stopped_by
@@ -724,19 +774,44 @@ class Run:
                 f"  {_command(resume=True)}"
             )
             return 128 + stopped_by
-        spent = duration(state.seconds)
-        skipped = f", {state.bad_steps} steps skipped" if state.bad_steps else ""
-        say(f"done      {state.global_step:,} steps, {state.tokens:,} tokens, {spent}{skipped}")
+        for label, answer in zip(["answers", *[""] * SAMPLE_ANSWERS], self.answers):
+            texts = [visible(answer[name]) for name in ("question", "generated", "reference")]
+            row(label, "{} -> {} (expected {})".format(*texts))
+        skipped = f", {state.bad_steps:,} skipped" if state.bad_steps else ""
+        took = duration(state.seconds)
+        row("done", f"{state.global_step:,} steps{skipped}, {state.tokens:,} tokens, {took}")
         if state.best_value is not None:
-            say(
-                f"best      {chosen.log_obg} {state.best_value:.4f} after step "
-                f"{state.best_step:,}: {self.directory / 'best'}"
-            )
-        say(
-            "test it   python sft.py test configs/test.yaml "
-            f"test_params.test_model_path={self.directory}"
-        )
+            where = self.directory / "best"
+            score = f"{chosen.log_obg} {state.best_value:.4f} after step {state.best_step:,}"
+            row("best", f"{score}: {where}")
+        if self.curves and not self.curves.failed:
+            row("curves", str(self.directory / CURVES))
+        say(f"test it   {self._test_command()}")  # never folded: it is to be copied
         return 0
+
+    def _test_command(self) -> str:
+        """How to test the best model, with the test.yaml beside the configuration's file."""
+        data = self.config.data
+        beside = [Path(w).with_name("test.yaml") for w in sys.argv if w.endswith((".yaml", ".yml"))]
+        file = next((path for path in beside if path.exists()), Path("configs/test.yaml"))
+        settings = {
+            "data.data_dir": data.data_dir,
+            "test_params.test_model_path": str(self.directory),
+            "test_params.log_file": str(self.directory / "test.jsonl"),
+        }
+        settings["data.split"] = next(s for s in ("test", "val", "train") if self.source.has(s))
+        for name in ("question_key", "answer_key"):
+            settings[f"data.{name}"] = getattr(data, name)
+        try:
+            there = checkpoint.flatten(resolved(load(TestConfig, file)))
+        except UserError:
+            there = {}
+        overrides = [f"{name}={v}" for name, v in settings.items() if there.get(name) != v]
+        return shlex.join(["python", "sft.py", "test", str(file), *overrides])
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _command(resume: bool = False) -> str:
@@ -745,13 +820,20 @@ def _command(resume: bool = False) -> str:
     if resume:
         words = [w for w in words if not w.startswith("trainer.ckpt_path=")]
         words.append("trainer.ckpt_path=last")
-    return shlex.join(["python", *words])
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            launcher += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "..."]
+    return shlex.join([*launcher, *words])
 
 
 def _git_commit() -> str | None:
     try:
         where = Path(__file__).parent
-        command = ["git", "-C", str(where), "rev-parse", "HEAD"]
+        # The full hash, with -dirty behind it if files have changed since.
+        words = "describe --always --dirty --abbrev=40 --exclude=*"
+        command = ["git", "-C", str(where), *words.split()]
         result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
         return result.stdout.strip()
     except (OSError, subprocess.SubprocessError):

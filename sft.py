@@ -3,6 +3,9 @@
     python sft.py train configs/trainer.yaml
     python sft.py train configs/trainer.yaml trainer.ckpt_path=last trainer.params.max_epochs=5
     python sft.py test  configs/test.yaml
+    python sft.py check configs/trainer.yaml
+    python sft.py ask   runs/facts "What is the capital of France?"
+    python sft.py plot  runs/facts runs/other
 
 Any key of the file can be given as key.path=value behind it. `train` is the training loop, from
 top to bottom; what it calls lies in data.py, model.py, device.py, checkpoint.py and evaluate.py.
@@ -100,41 +103,47 @@ def loop(run: Run, stop: Stop) -> int:
     return run.finish(stopped_by or None)
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The commands and their words, all in one place."""
     parser = argparse.ArgumentParser(
         prog="sft.py", description="Supervised fine-tuning of causal language models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("train", "train a model as a YAML file says, e.g. configs/trainer.yaml"),
-        ("test", "answer a split's questions and score the answers, e.g. configs/test.yaml"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    train = command("train", "train a model as a YAML file says, e.g. configs/trainer.yaml")
+    test = command("test", "answer a split's questions and score them, e.g. configs/test.yaml")
+    check = command("check", "show what `train` would do with a YAML file, without training")
+    ask = command("ask", "ask a model; several times at a prompt, or once")
+    plot = command("plot", "draw the curves of a run, or of several over each other")
+    for one in (train, test, check):
         # `test --compare` needs no configuration.
-        nargs = "?" if name == "test" else None
-        command.add_argument("config", help="the YAML file", nargs=nargs)
-        command.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key.path=value",
-            help="replaces a key of the file, e.g. trainer.params.max_epochs=1",
+        one.add_argument("config", help="the YAML file", nargs="?" if one is test else None)
+        one.add_argument(
+            "overrides", nargs="*", metavar="key.path=value", help="replaces a key of the file"
         )
-        command.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-        if name == "test":
-            command.add_argument(
-                "--compare", nargs="+", metavar="LOG", help="compare finished logs instead"
-            )
-    arguments = parser.parse_args(argv)
+    for one in (train, test):
+        one.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    test.add_argument("--compare", nargs="+", metavar="LOG", help="compare finished logs instead")
+    ask.add_argument("model", help="a run's directory, a checkpoint or a hub id")
+    ask.add_argument("question", nargs="?", help="without one, questions are read line by line")
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
+    plot.add_argument("--output", help="the PNG; default: curves.png in the run, or here")
+
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option, which argparse leaves over
+        arguments.overrides += rest
+    return arguments
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(argv)
     try:
-        if arguments.command == "train":
-            training = load(TrainConfig, arguments.config, arguments.overrides)
-            return train(training, Stop(), arguments.quiet)
-        if arguments.compare:
-            return compare(arguments.compare)
-        if arguments.config is None:
-            raise UserError("test: name a YAML file, or finished logs behind --compare")
-        testing = load(TestConfig, arguments.config, arguments.overrides)
-        return test(testing, Stop("the next save_steps answers"), arguments.quiet)
+        return run_command(arguments)
     except UserError as error:
         complain(str(error))
     except OSError as error:  # a disk that is full or gone, a directory that is not ours
@@ -149,6 +158,8 @@ def main(argv: list[str]) -> int:
             "stops; go on with trainer.ckpt_path=last"
         )
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED + signal.SIGINT
     return 2
 
 
@@ -161,6 +172,32 @@ def complain(message: str) -> None:
         f"error: {message}" if rank == "0" else f"rank {rank}: error: {message.splitlines()[0]}"
     )
     print(message, file=sys.stderr)
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Do what the command line says; returns the process's exit code."""
+    if arguments.command == "ask":
+        from ask import ask
+
+        return ask(arguments.model, arguments.question)
+    if arguments.command == "plot":
+        from track import plot
+
+        print(plot([Path(run) for run in arguments.runs], arguments.output))
+        return 0
+    if arguments.command == "test" and arguments.compare:
+        return compare(arguments.compare)
+    if arguments.config is None:
+        raise UserError("test: name a YAML file, or finished logs behind --compare")
+    if arguments.command == "test":
+        testing = load(TestConfig, arguments.config, arguments.overrides)
+        return test(testing, Stop("the next save_steps answers"), arguments.quiet)
+    training = load(TrainConfig, arguments.config, arguments.overrides)
+    if arguments.command == "train":
+        return train(training, Stop(), arguments.quiet)
+    from check import check
+
+    return check(training)
 
 
 def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Several ranks on one machine: what they cost, and their memory against the formula of docs/scaling.md.
+"""What several ranks on one machine cost, and their memory against the formula of docs/scaling.md.
 
     python benchmarks/ranks.py
 

@@ -30,6 +30,7 @@ from transformers import (
 
 import checkpoint
 import sft
+import track
 
 torch.set_num_threads(1)
 
@@ -77,6 +78,13 @@ def tiny_config(kind: str, vocab_size: int, dropout: float = 0.0) -> Any:
 @pytest.fixture(autouse=True)
 def _separate_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) -> None:
     monkeypatch.setenv("SFT_CACHE", str(tmp_path_factory.getbasetemp() / "token-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
+    """Drawing costs 0.15 s a run, more than most of these runs; test_track.py looks at it."""
+    if request.path.name != "test_track.py":
+        monkeypatch.setattr(track.Curves, "draw", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,33 @@ def test_a_failed_test_command_writes_nothing(
     assert "allowed here: auto, cpu" in message
 
 
+def test_a_csv_with_other_column_names_is_trained_on_and_tested(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, entries in (("train", rows(10)), ("test", rows(3))):
+        lines = [f'"{row["Question"]}","{row["Answer"]}"' for row in entries]
+        (folder / f"{split}.csv").write_text("\n".join(["prompt,completion", *lines]))
+    keys = ["data.question_key=prompt", "data.answer_key=completion"]
+    config = train_config(
+        model_dirs["gpt2"], folder, tmp_path / "run", trainer__params__max_epochs=1
+    )
+    path = write_yaml(tmp_path / "c.yaml", config)
+    assert cli("train", path, "--quiet") == 2
+    assert cli("train", path, "--quiet", *keys) == 0
+    log = tmp_path / "log.jsonl"
+    testing = {
+        "data": {"data_dir": str(folder)},
+        "model_name": str(tmp_path / "run"),
+        "test_params": {"log_file": str(log)},
+        "generate_params": {"max_new_tokens": 2},
+    }
+    assert cli("test", write_yaml(tmp_path / "t.yaml", testing), "--quiet", *keys) == 0
+    references = [json.loads(line)["reference"] for line in log.read_text().splitlines()]
+    assert references == [row["Answer"] for row in rows(3)]
+
+
 def test_duplicates_and_overlap_are_counted_in_a_warning(
     model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:

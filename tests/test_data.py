@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -100,12 +101,56 @@ def test_a_json_file_that_is_broken_or_has_another_shape_is_refused(
     assert error.startswith(str(path)) and message in error
 
 
-def test_the_advice_for_a_bare_list_works(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.json", rows(3))
+PAIRS = [(row["Question"], row["Answer"]) for row in rows(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (rows(3), "found a list;"),
+        (PAIRS, "found a list of lists;"),
+        (dict(PAIRS), "found questions as keys;"),
+        ({"q": [q for q, _ in PAIRS], "a": [a for _, a in PAIRS]}, "found two columns;"),
+        ({"data": rows(3), "more": [1]}, "no split 'train'; found data, more."),
+    ],
+)
+def test_the_two_lines_for_another_json_shape_work(
+    tmp_path: Path, content: Any, found: str
+) -> None:
+    path = write(tmp_path / "d.json", content)
     first, *code = refused(path).split("\n")
-    assert "Two lines put it right" in first
+    assert found in first and first.endswith("Two lines of Python put it right:")
     exec("\n".join(line.strip() for line in code))
-    assert len(list(DataSource.open(path).pairs("train"))) == 3
+    source = DataSource.open(path)
+    assert [(pair.question, pair.answer) for pair in source.pairs("train")] == PAIRS
+    assert source.splits.keys() == {"train"} | ({"more"} if "more" in content else set())
+
+
+def test_the_two_lines_for_a_csv_with_semicolons_work(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", '\ufeffQuestion;Answer\n"one; two";three, four\n')
+    *_, explanation, first, second = refused(path).split("\n")
+    assert "separated by ';'" in explanation
+    exec(f"{first.strip()}\n{second.strip()}")
+    assert list(DataSource.open(path).pairs("train")) == [Pair(1, "one; two", "three, four")]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".json"])
+def test_the_two_lines_for_other_column_names_work(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"d{kind}"
+    if kind == ".csv":
+        write(path, "id,User prompt,completion\n1,q,a\n")
+    else:
+        row = {"id": 1, "User prompt": "q", "completion": "a"}
+        write(path, {"train": [row]} if kind == ".json" else json.dumps(row))
+    *_, explanation, first, second = refused(path).split("\n")
+    assert "two lines under `data:` of the YAML say so" in explanation
+    keys = yaml.safe_load(f"{first}\n{second}")
+    assert list(DataSource.open(path, **keys).pairs("train")) == [Pair(1, "q", "a")]
+
+
+def test_a_text_beyond_the_header_of_a_csv_is_not_lost(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.csv", "Question,Answer\nWhere?,Paris, France\n")
+    assert "row 1: more columns than the header; a text with a comma" in refused(path)
 
 
 def test_bad_rows_are_grouped_by_problem_with_their_numbers(tmp_path: Path) -> None:

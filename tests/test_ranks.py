@@ -106,7 +106,7 @@ def test_one_process_and_several_ranks_train_the_same_weights(
         )
         printed = run_ranks(count, tmp_path / "output", "train", config)
         assert printed[1:] == [""] * (count - 1)
-        assert f"{size} samples x 1 batches x {count} ranks = 8 samples" in printed[0]
+        assert f"{size} samples x 1 batch x {count} ranks = 8 samples" in printed[0]
         found = weights_of(newest(run))
         assert found.keys() == expected.keys()
         for name, value in expected.items():

@@ -1,0 +1,228 @@
+"""Look before training: `python sft.py check CONFIG [key.path=value ...]`.
+
+Prints what `train` would print at its start, then what is worth knowing before hours are spent:
+token lengths, what would be cut, samples as the model sees them, parameters by kind, memory, and
+time from a few timed micro-batches. Nothing is written into the run's directory; the weights that
+the timed micro-batches change end with the process.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+import freeze
+from config import LARGEST, TrainConfig
+from data import Samples, cached_samples, micro_batches
+from model import parameters_in
+from run import Run
+from track import duration, visible
+
+SHOWN = 3  # samples, and samples that would be cut
+BARS, BAR = 12, 50  # of the histogram: how many, and columns of the longest
+MICRO_BATCHES, SECONDS = 8, 5.0  # timed at most, whichever comes first
+CUT_TEXT = 60  # characters
+
+
+def check(config: TrainConfig) -> int:
+    """Print what a training would do; returns the process's exit code.
+
+    Raises:
+        UserError: what `train` would say of its configuration, data or model.
+    """
+    run = Run(config, dry=True)
+    run.sanity_check(lambda: False)
+    say, row, data, counts = run.console.say, run.console.row, config.data, run.train_counts
+
+    def train_split(max_length: int) -> Samples:
+        limits = (max_length, data.truncate_promt)
+        return cached_samples(run.source, "train", run.encoder, *limits)[0]
+
+    whole = kept = train_split(data.max_length)
+    if counts.question_cut or counts.answer_cut or counts.dropped:
+        whole = train_split(LARGEST)
+    say("\n" + "\n".join(length_table(whole)))
+    row("cut", cut_summary(whole, data.max_length))
+    for text in cut_examples(run, whole, kept):
+        row("", text)
+    twice, shared = run.overlap["duplicates"], run.overlap["train_test_overlap"]
+    row("twice", f"{twice:,} pairs of train; {shared:,} questions of test are in train")
+    for i in np.linspace(0, len(run.samples) - 1, min(SHOWN, len(run.samples))):
+        run.show_sample(int(i))
+    say("\n" + "\n".join(parameter_table(run)) + "\n")
+    for label, text in measure(run):
+        row(label, text)
+    for text in warnings(run, whole):
+        run.console.warn(text)
+    return 0
+
+
+def length_table(samples: Samples) -> Iterator[str]:
+    """Percentiles of token lengths and a histogram of the total, at most 80 columns wide."""
+    shares = (50, 90, 99)
+    yield f"{'tokens':<10}{'mean':>8}" + "".join(f"{s:>6} %" for s in shares) + f"{'max':>8}"
+    prompts = samples.prompt_lengths
+    parts = {"prompt": prompts, "answer": samples.lengths - prompts, "total": samples.lengths}
+    for name, values in parts.items():
+        middle = "".join(f"{v:>8,.0f}" for v in np.percentile(values, shares))
+        yield f"{name:<10}{values.mean():>8,.1f}{middle}{values.max():>8,}"
+    low, high = int(samples.lengths.min()), int(samples.lengths.max())
+    width = math.ceil((high - low + 1) / BARS)
+    edges = np.arange(low, high + width + 1, width)
+    found = np.histogram(samples.lengths, edges)[0]
+    for start, count in zip(edges, found):
+        name = f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}"
+        yield f"{name:>18}  {'#' * math.ceil(BAR * count / found.max()):<{BAR}} {count:,}"
+
+
+def cut_summary(whole: Samples, max_length: int) -> str:
+    long = whole.lengths > max_length
+    if not long.any():
+        return f"nothing, no sample has more than {max_length:,} tokens (data.max_length)"
+    beyond = int((whole.lengths[long] - max_length).sum())
+    return (
+        f"{long.sum():,} samples ({long.mean():.1%}) have more than {max_length:,} tokens "
+        f"(data.max_length), {beyond:,} tokens too many"
+    )
+
+
+def cut_examples(run: Run, whole: Samples, kept: Samples) -> Iterator[str]:
+    """What the first samples that are too long lose."""
+    for i in np.flatnonzero(whole.lengths > run.config.data.max_length)[:SHOWN]:
+        row, before = whole.row(i), whole.ids(i)[0].tolist()
+        found = np.flatnonzero(kept.rows == row)
+        if not len(found):
+            yield f"row {row}: {len(before):,} tokens, dropped: nothing of its answer fits"
+            continue
+        after = kept.ids(int(found[0]))[0].tolist()
+        start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), len(after))
+        stop = start + len(before) - len(after)
+        text = visible(run.tokenizer.decode(before[start:stop]))
+        text = text if len(text) <= CUT_TEXT else text[:CUT_TEXT] + " ..."
+        yield f"row {row}: {len(before):,} tokens, loses {text!r}"
+
+
+def parameter_table(run: Run) -> Iterator[str]:
+    kinds = freeze.report(run.model.model)
+    kinds.append(("all", sum(k[1] for k in kinds), sum(k[2] for k in kinds)))
+    yield f"{'kind':<10}{'parameters':>15}{'trained':>15}{'frozen':>15}"
+    for kind, total, trained in kinds:
+        yield f"{kind:<10}{total:>15,}{trained:>15,}{total - trained:>15,}"
+
+
+def measure(run: Run) -> Iterator[tuple[str, str]]:
+    """Memory and time, from a step with the longest samples and some random micro-batches."""
+    samples, device, size = run.samples, run.device, run.config.data.batch_size
+    run.model.train()
+
+    def backward(rows: np.ndarray) -> torch.Tensor:
+        ((batch, _),) = device.feed(run.micro_batches(rows))
+        with device.autocast():
+            loss = run.model(batch)
+        device.backward(loss / int(samples.target_lengths[rows].sum()))
+        return loss.detach()
+
+    def step(loss: torch.Tensor) -> bool:
+        return device.step(run.optimizer, run.trainable, run.clip, loss).applied
+
+    # The first is not timed: it allocates the optimizer's state and all buffers.
+    run.set_learning_rate()
+    if not step(backward(np.argsort(-samples.lengths, kind="stable")[:size])):
+        run.console.warn("the loss or the gradient of a first step is not a finite number")
+    peak = device.peak_memory()
+
+    began, tokens = time.monotonic(), 0
+    for position in np.linspace(0, run.steps_per_epoch - 1, MICRO_BATCHES).astype(int):
+        run.state.position = int(position)
+        parts = micro_batches(run.next_rows(), size, samples.lengths)
+        rows = parts[position % len(parts)]
+        loss = backward(rows)
+        float(loss)  # waits for the device
+        tokens += int(samples.lengths[rows].sum())
+        if time.monotonic() - began > SECONDS:
+            break
+    token_seconds = (time.monotonic() - began) / tokens
+    began = time.monotonic()
+    step(loss)
+    step_seconds = time.monotonic() - began
+    epoch = token_seconds * int(samples.lengths.sum()) + step_seconds * run.steps_per_epoch
+
+    weights = bytes_of(run.model.parameters())
+    gradients = bytes_of(run.trainable)
+    state = bytes_of(
+        value
+        for entry in run.optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, torch.Tensor)
+    )
+    yield (
+        "memory",
+        f"weights {mb(weights)}, gradients {mb(gradients)}, optimizer {mb(state)}; the process "
+        f"had {mb(peak)} at the peak of a micro-batch with the longest samples",
+    )
+    saved = run.config.trainer.checkpoint.save_top_k
+    yield "disk", f"{mb(weights + state)} a checkpoint, {saved} of them kept, best {mb(weights)}"
+    yield "speed", f"{int(samples.lengths.sum()) / epoch:,.0f} tokens/s"
+    whole = epoch / run.steps_per_epoch * run.total_steps
+    cache = (
+        ", without the frozen-prefix cache" if run.config.model_params.cache_frozen_prefix else ""
+    )
+    yield (
+        "time",
+        f"about {duration(epoch)} an epoch, {duration(whole)} in all, and validation on top{cache}",
+    )
+
+
+def bytes_of(tensors: Iterator[torch.Tensor] | list[torch.nn.Parameter]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def mb(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def usual_learning_rate(parameters: int, from_scratch: bool) -> float:
+    """The usual peak rate of AdamW for a model of so many parameters.
+
+    From nothing: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation D.1:
+    0.003239 - 0.0001395 ln N. Fine-tuning: a tenth of it, for GPT-2's 124M parameters 6e-5.
+    """
+    rate = max(1e-5, 0.003239 - 0.0001395 * math.log(parameters))
+    return rate if from_scratch else rate / 10
+
+
+def warnings(run: Run, whole: Samples) -> Iterator[str]:
+    params, data = run.config.model_params, run.config.data
+    size = parameters_in(run.model.parameters())
+    usual, rate = usual_learning_rate(size, params.from_scratch), params.learning_rate
+    # With few of them trained, such as the norms alone, rates are higher.
+    high = rate > 10 * usual and parameters_in(run.trainable) > size / 10
+    if high or rate < usual / 10:
+        yield (
+            f"model_params.learning_rate: {rate:g} is {'high' if high else 'low'} for a model of "
+            f"{size:,} parameters; about {usual:.0e} is usual "
+            f"{'from scratch' if params.from_scratch else 'for fine-tuning'}"
+        )
+    if run.warmup > run.total_steps / 2:
+        yield (
+            f"model_params.warmup_steps_per_cent: {params.warmup_steps_per_cent:g} makes "
+            f"{run.warmup:,} of {run.total_steps:,} steps warm-up; below 1 it is a share, from 1 "
+            "on a percentage"
+        )
+    longest = int(whole.lengths.max())
+    if data.max_length > 2 * longest:
+        cost = "every batch is padded to it (on_tpu)" if data.on_tpu else "harmless without on_tpu"
+        yield (
+            f"data.max_length: {data.max_length:,} is far above the longest sample, {longest:,} "
+            f"tokens; {cost}"
+        )
+    cut = run.train_counts.answer_cut + run.train_counts.dropped
+    if cut > 0.01 * len(whole):
+        yield (
+            f"data.max_length: {data.max_length:,} cuts or drops the answers of {cut:,} samples; "
+            "a cut answer has no EOS to learn"
+        )

@@ -1,0 +1,120 @@
+"""`check`: it says what a training would do, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from check import length_table, usual_learning_rate
+from conftest import cli, rows, train_config, write_yaml
+from data import Samples
+
+
+def checked(capsys: Any, tmp_path: Path, *arguments: str, **changes: Any) -> tuple[str, str]:
+    """stdout and stderr of `check`, which must succeed and write nothing."""
+    path = write_yaml(tmp_path / "c.yaml", train_config(run=tmp_path / "run", **changes))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli("check", path, *arguments) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_check_tells_all_that_is_worth_knowing(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    text, warned = checked(
+        capsys,
+        tmp_path,
+        model=model_dirs["gpt_neo"],
+        data=data_file,
+        model_params__do_freeze=True,
+        model_params__freeze_emb=True,
+        model_params__learning_rate=3e-4,
+    )
+    for label in ("model", "data", "step", "plan", "device", "output", "sanity"):  # as at the start
+        assert re.search(rf"^{label} ", text, re.M), label
+    assert re.search(r"^prompt( +[\d.]+){5}$", text, re.M)
+    assert "cut       nothing" in text
+    assert text.count("sample    Question:") == 1 + 3 and text.count("<|endoftext|>]]") == 4
+    (embeddings,) = re.findall(r"^emb +([\d,]+) +([\d,]+) +([\d,]+)$", text, re.M)
+    assert embeddings[1] == "0" and embeddings[0] == embeddings[2]
+    assert "0 pairs of train; 0 questions of test are in train" in text
+    assert re.search(r"^memory +weights .* MB, gradients .* MB, optimizer .* MB", text, re.M)
+    assert re.search(r"^time +about .* an epoch", text, re.M)
+    assert "warning" not in warned
+
+
+def test_check_shows_what_would_be_cut(
+    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    long = {"Question": "Why? " * 20 + "Because of the elephant", "Answer": "No"}
+    lost = {"Question": "Why?", "Answer": "word " * 70}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps({"train": [*rows(3), long, lost, *rows(7, 5)], "val": rows(3, 50)}))
+    text, warned = checked(
+        capsys, tmp_path, model=model_dirs["gpt2"], data=data, data__max_length=64
+    )
+    assert re.search(r"cut       2 samples \(16.7%\) have more than 64 tokens", text)
+    assert re.search(r"row 4: \d+ tokens, loses '.*elephant'", text)
+    assert re.search(r"row 5: \d+ tokens, loses ", text)
+    assert "cuts or drops the answers of 1 samples" in warned
+    whole = [int(n) for n in re.findall(r"^total .* (\d+)$", text, re.M)]
+    assert whole[0] > 64  # the table is of the data, not of what is left of it
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"model_params__learning_rate": 1e-2}, "learning_rate: 0.01 is high for a model of"),
+        ({"model_params__learning_rate": 1e-7}, "learning_rate: 1e-07 is low for a model of"),
+        ({"model_params__warmup_steps_per_cent": 0.9}, "0.9 makes 11 of 12 steps warm-up"),
+        ({"data__max_length": 128}, "data.max_length: 128 is far above the longest sample"),
+        ({"trainer__ckpt_path": "last"}, "train would refuse this: trainer.ckpt_path:"),
+    ],
+)
+def test_check_warns(
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+    changes: dict[str, Any],
+    warning: str,
+) -> None:
+    changes = {"model_params__learning_rate": 3e-4} | changes
+    _, warned = checked(capsys, tmp_path, model=model_dirs["gpt2"], data=data_file, **changes)
+    assert warning in warned and warned.count("warning") == 1
+
+
+def test_check_refuses_what_train_refuses(
+    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    config = train_config(model_dirs["gpt2"], tmp_path / "absent.json", tmp_path / "run")
+    assert cli("check", write_yaml(tmp_path / "c.yaml", config)) == 2
+    assert "absent.json: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [[5], [5, 5, 5], list(range(2, 1500, 7)), [1, 100_000]])
+def test_the_length_table_counts_every_sample_within_80_columns(sizes: list[int]) -> None:
+    lengths = np.array(sizes)
+    samples = Samples(
+        np.zeros(lengths.sum(), dtype=np.int32),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        lengths - 1,
+        np.arange(len(sizes)) + 1,
+    )
+    lines = list(length_table(samples))
+    assert max(map(len, lines)) <= 80
+    assert sum(int(line.split()[-1].replace(",", "")) for line in lines[4:]) == len(sizes)
+
+
+def test_usual_learning_rates_are_those_of_the_paper() -> None:
+    # Kaplan et al. 2020, D.1, for 1e6 and 1e9 parameters without embeddings
+    assert usual_learning_rate(10**6, True) == pytest.approx(1.31e-3, rel=0.01)
+    assert usual_learning_rate(10**9, True) == pytest.approx(3.48e-4, rel=0.01)
+    assert usual_learning_rate(10**9, False) == pytest.approx(3.48e-5, rel=0.01)
