@@ -38,7 +38,7 @@ from data import (
     prepare_inference,
 )
 from device import Device, open_device
-from generate import Answer, check_token_ids, generate, packed_weights
+from generate import Answer, check_token_ids, generate
 from model import (
     AnswerModel,
     check_fits,
@@ -76,7 +76,7 @@ def summed_loss(
         order = order[: max_batches * batch_size * ranks.world_size]
     parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
     total = device.zero()
-    with torch.no_grad(), _evaluating(model, device):
+    with torch.no_grad(), _evaluating(model):
         made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
         for batch, _ in device.feed(made):
             if ranks.any(should_stop()):
@@ -88,13 +88,12 @@ def summed_loss(
 
 
 @contextmanager
-def _evaluating(model: AnswerModel, device: Device) -> Iterator[None]:
-    """Dropout off and weights packed inside, as it was before outside."""
+def _evaluating(model: AnswerModel) -> Iterator[None]:
+    """Dropout off inside, as it was before outside."""
     training = model.training
     model.eval()
     try:
-        with packed_weights(model, device):
-            yield
+        yield
     finally:
         model.train(training)
 
@@ -122,7 +121,7 @@ def validate(
     if not prompts:
         return values, []
     ranks = device.ranks
-    with _evaluating(model, device):
+    with _evaluating(model):
         own = list(
             generate(
                 model,
@@ -262,8 +261,7 @@ def test_model(
             )
             return False
         window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        with packed_weights(model, device):
-            done = answer_window(model, encoder, window, config, device)
+        done = answer_window(model, encoder, window, config, device)
         ranks.first(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)

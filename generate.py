@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DynamicCache,
     EpsilonLogitsWarper,
@@ -29,7 +27,6 @@ from transformers import (
     TypicalLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
 
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
@@ -393,47 +390,6 @@ def _processors(
         if p.eta_cutoff > 0.0:
             chain.append(EtaLogitsWarper(p.eta_cutoff, device="cpu"))
     return LogitsProcessorList(chain) if chain else None
-
-
-@contextmanager
-def packed_weights(model: AnswerModel, device: Device) -> Iterator[None]:
-    """Inside, float32 products on a CPU run through oneDNN on weights laid out for it.
-
-    The numbers are the same but for rounding. torch gives these products to MKL, which leaves the
-    AVX-512 of AMD CPUs alone: on a Zen 5 oneDNN was 2.3 times as fast with 2,048 rows, 2.5 to 4
-    times with 16 to 64, 3 times with one. It costs a second copy of the weights; no gradients.
-    """
-    packed: list[Any] = []
-    compiled = getattr(model.model.base_model, "_compiled_call_impl", None)
-    if torch.backends.mkldnn.is_available() and device.autocast_dtype is None and not compiled:
-        packed = [module for module in model.modules() if _can_be_packed(module)]
-    for module in packed:
-        weight = module.weight.detach()
-        if isinstance(module, Conv1D):  # GPT-2's, [in, out]
-            weight = weight.t()
-        layout = torch.ops.mkldnn._reorder_linear_weight(weight)
-        bias = None if module.bias is None else module.bias.detach()
-        module.forward = partial(_packed_linear, layout, bias)
-    try:
-        yield
-    finally:
-        for module in packed:
-            del module.forward
-
-
-def _can_be_packed(module: nn.Module) -> bool:
-    # A weight that is shared among ranks (FSDP) has a type of its own.
-    return (
-        type(module) in (nn.Linear, Conv1D)
-        and type(module.weight) is nn.Parameter
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype == torch.float32
-    )
-
-
-def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x [..., in] -> [..., out]"""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:

@@ -20,14 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
+from transformers.pytorch_utils import Conv1D
 
 import freeze
 from config import ModelParams, UserError
 from data import IGNORE, Batch
 
-# Logits of one chunk hold at most so many numbers, whatever the vocabulary (16 MB in float32).
-LOGITS_PER_CHUNK = 2**22
+# Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
+# the largest buffer that device._keep_freed_memory can keep).
+LOGITS_PER_CHUNK = 2**23
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -202,40 +206,27 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
         )
 
 
-class GeluLinear(torch.autograd.Function):
-    """linear(gelu(x)) that keeps x for the backward pass, and not gelu(x) as well.
+def _packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA, which attends to the samples of a packed row one by one.
 
-    The two are the widest tensors of a block, four times the hidden size; computing the second
-    one again costs about 1 % of a step.
+    query [B, H, T, D]; key, value [B, G, S, D]; lengths as in SdpaGPTNeoAttention. [B, T, H, D]
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x [..., I], weight [C, I], bias [C] -> [..., C]"""
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = outputs[0].flatten(0, -2)
-        x_grad = weight_grad = None
-        if ctx.needs_input_grad[0]:
-            inner = (grad @ weight.to(grad.dtype)).view(x.shape).to(x.dtype)
-            x_grad = torch.ops.aten.gelu_backward(inner, x, approximate="tanh")
-        if ctx.needs_input_grad[1]:
-            activated = F.gelu(x, approximate="tanh").flatten(0, -2)
-            weight_grad = (grad.T @ activated.to(grad.dtype)).to(weight.dtype)
-        bias_grad = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        return x_grad, weight_grad, bias_grad
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    outputs = [sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in parts]
+    return torch.cat(outputs, dim=1), None
 
 
-class FusedGPTNeoMLP(GPTNeoMLP):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # nothing is kept
-            return super().forward(hidden_states)
-        x = self.c_fc(hidden_states)
-        return self.dropout(GeluLinear.apply(x, self.c_proj.weight, self.c_proj.bias))
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same for whoever gives no lengths
 
 
 @functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
@@ -258,18 +249,189 @@ def _whole_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return mask
 
 
+# ----------------------------------------------------------- products, feed-forward and norms
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I] @ weight [O, I] transposed + bias [O] -> [..., O], as F.linear.
+
+    torch gives float32 products on CPUs to MKL, which leaves the AVX-512 of AMD's alone; oneDNN,
+    which torch has as well, was about twice as fast on a Zen 5.
+    """
+    if (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and x.numel() > 0
+        and type(x) in PLAIN
+        and type(weight) in PLAIN  # and not FSDP's, which is shared among ranks
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+PLAIN = (Tensor, nn.Parameter)
+# An activation, and its gradient from that of its output and its input.
+GELU = (
+    functools.partial(F.gelu, approximate="tanh"),
+    functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+)
+SILU = (F.silu, torch.ops.aten.silu_backward)
+SAME = 1e-5  # a faster module stands in for one whose output it gives to this, relative
+
+
+class LinearFunction(torch.autograd.Function):
+    """linear(activation(x) * up) that keeps x and up for the backward pass, and nothing else.
+
+    They are the widest tensors of a block, three to four times the hidden size; computing the
+    activation and the product again costs about 1 % of a step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any, up: Tensor | None
+    ) -> Tensor:
+        """x, up [..., I], weight [C, I], bias [C] -> [..., C]; kind GELU, SILU or None"""
+        ctx.kind = kind
+        ctx.save_for_backward(x, up, weight)
+        active = kind[0](x) if kind else x
+        return product(active if up is None else active.mul_(up), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad
+        grad = outputs[0].flatten(0, -2)
+        x_grad = up_grad = weight_grad = None
+        active = ctx.kind[0](x) if ctx.kind else x
+        if need_weight:
+            inputs = active if up is None else active * up
+            inputs = inputs.flatten(0, -2).to(grad.dtype)
+            weight_grad = product(grad.T, inputs.T).to(weight.dtype)
+            del inputs
+        if need_x or need_up:
+            x_grad = product(grad, weight.T.to(grad.dtype)).view(x.shape).to(x.dtype)
+            if up is not None:
+                up_grad = active.mul_(x_grad) if need_up else None
+                x_grad.mul_(up)
+            if ctx.kind:
+                x_grad = ctx.kind[1](x_grad, x)
+        bias_grad = grad.sum(0).to(weight.dtype) if need_bias else None
+        return x_grad, weight_grad, bias_grad, None, up_grad
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any = None, up: Tensor | None = None
+) -> Tensor:
+    if kind is None and not torch.is_grad_enabled():
+        return product(x, weight, bias)
+    return LinearFunction.apply(x, weight, bias, kind, up)
+
+
+class FastLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+class FastConv1D(Conv1D):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight.T, self.bias)
+
+
+class FusedGPTNeoMLP(GPTNeoMLP):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # nothing is kept
+            return super().forward(hidden_states)
+        down = self.c_proj
+        x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU)
+        return self.dropout(x)
+
+
+class FusedGatedMLP(nn.Module):
+    """SwiGLU, the feed-forward block of Llama and most models after it."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if not torch.is_grad_enabled():
+            return down(F.silu(gate).mul_(up))
+        return linear(gate, down.weight, down.bias, SILU, up)
+
+
+class ScaledRMS(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight in float32, as Llama has it, in half as many passes.
+
+    Zhang and Sennrich 2019, arXiv:1910.07467. With n = x * scale and C the width, the gradient of
+    x is scale * (g * weight - n * mean(g * weight * n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., C], weight [C]"""
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, weight = ctx.saved_tensors
+        grad = outputs[0].float()
+        normed = x.float() * scale
+        product = grad * normed
+        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        x_grad = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
+        return x_grad, product.flatten(0, -2).sum(0), None
+
+
+class FusedRMSNorm(nn.Module):
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return ScaledRMS.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+@torch.no_grad()
+def _stands_in(faster: type[nn.Module], module: nn.Module, width: int) -> bool:
+    """Whether the class, with the module's parameters, computes the same in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, width, generator=generator).to(next(module.parameters()).device)
+    expected = module(x)
+    return torch.allclose(faster.forward(module, x), expected, rtol=SAME, atol=SAME)  # type: ignore
+
+
 def speed_up(model: PreTrainedModel) -> None:
-    """Put faster modules with the same results in place: GPT-Neo's attention, tanh-GELU."""
+    """Put faster modules with the same results in place of the model's own."""
     for module in model.modules():
+        children = dict(module.named_children())
+        if type(module) is nn.Linear:
+            module.__class__ = FastLinear
+        if type(module) is Conv1D:
+            module.__class__ = FastConv1D
         if type(module) is GPTNeoSelfAttention:
             module.__class__ = SdpaGPTNeoAttention
             module.bias = None  # the [1, 1, context, context] mask of the eager form
         if type(module) is GPTNeoMLP and type(module.act) is NewGELUActivation:
             module.__class__ = FusedGPTNeoMLP
-        for name, child in module.named_children():
+        for name, child in children.items():
             # The same formula written out in Python, as eight operations over the widest tensor.
             if type(child) is NewGELUActivation:
                 setattr(module, name, nn.GELU(approximate="tanh"))
+        if model.dtype != torch.float32:  # transformers rounds to float32 inside, in any dtype
+            continue
+        gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+        if gated and _stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
+            module.__class__ = FusedGatedMLP
+        norm = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        if norm and _stands_in(FusedRMSNorm, module, len(module.weight)):
+            module.__class__ = FusedRMSNorm
     if model.config.model_type == "gpt_neo":
         # Lets transformers skip the mask when causality alone decides.
         model.config._attn_implementation = "sdpa"
@@ -311,7 +473,29 @@ class AnswerModel(nn.Module):
         self.attentions = [m for m in model.modules() if isinstance(m, SdpaGPTNeoAttention)]
         self.split = self._splits()
         # Whether this model takes batches without padding, see data.Batch.
-        self.packs = self.split and bool(self.attentions)
+        self.packs = self.split and self._packs()
+
+    @torch.no_grad()
+    def _packs(self) -> bool:
+        """Whether samples in one row are to each other as if they were not there."""
+        text = self.model.config.get_text_config()
+        # A window, or attention in chunks, would act on the row and not on the sample.
+        windows = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", 0)
+        if windows or not self.takes_positions:
+            return False
+        device = next(self.model.parameters()).device
+        ids = torch.arange(8, device=device)[None] % text.vocab_size
+        lengths = [3, 5]
+        training = self.model.training
+        self.model.eval()
+        try:
+            packed = self._backbone(ids, lengths)[0]
+            alone = [self._backbone(part)[0] for part in ids.split(lengths, dim=1)]
+            return torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-3)
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            self.model.train(training)
 
     @torch.no_grad()
     def _splits(self) -> bool:
@@ -338,6 +522,8 @@ class AnswerModel(nn.Module):
             kwargs["position_ids"] = positions.to(input_ids.device)
             # A mask of four dimensions is passed on as it is, and our attention needs none.
             kwargs["attention_mask"] = input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+            if not self.attentions:
+                kwargs["lengths"] = lengths  # passed on to _packed_sdpa
         elif self.makes_masks:
             kwargs["attention_mask"] = _whole_mask(input_ids, kwargs.get("attention_mask"))
         return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
@@ -426,7 +612,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = max(1, LOGITS_PER_CHUNK // len(weight))
         for start in range(0, len(hidden), rows):
             h, ids = hidden[start : start + rows], target_ids[start : start + rows]
-            logits = F.linear(h, weight, bias)
+            logits = product(h, weight, bias)
             dtype = logits.dtype  # autocast's, if it is on
             scores = logits.to(exact)  # the same memory when there is nothing to convert
             if softcap:
@@ -435,24 +621,26 @@ class _ChunkedLoss(torch.autograd.Function):
                 scores = scores * softcap
             valid = (ids != IGNORE)[:, None]
             ids = ids[:, None].where(valid, 0)
-            log_total = scores.logsumexp(-1, keepdim=True)
-            loss += ((log_total - scores.gather(-1, ids)) * valid).sum()
+            # In place, as a second tensor of this size is not in the processor's cache any more.
+            scores -= scores.amax(-1, keepdim=True)
+            chosen = scores.gather(-1, ids)
+            total = scores.exp_().sum(-1, keepdim=True)
+            loss += ((total.log() - chosen) * valid).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            scores = scores.sub_(log_total).exp_()
-            scores.scatter_add_(-1, ids, -torch.ones_like(log_total))
-            scores *= valid
+            scores *= valid / total
+            scores.scatter_add_(-1, ids, -valid.to(exact))
             if softcap:
                 scores *= slope
             if bias_grad is not None:
                 bias_grad += scores.sum(0)
             scores = scores.to(dtype)
             if hidden_grad is not None:
-                hidden_grad[start : start + rows] = scores @ weight.to(dtype)
+                hidden_grad[start : start + rows] = product(scores, weight.T.to(dtype))
             if need_weight:
                 h = h.to(dtype)
                 if weight_grad is None:
-                    weight_grad = (scores.T @ h).to(weight.dtype)
+                    weight_grad = product(scores.T, h.T).to(weight.dtype)
                 elif weight_grad.dtype == dtype:
                     weight_grad.addmm_(scores.T, h)
                 else:
@@ -464,7 +652,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.mul_(outputs[0]) for g in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # so that autograd may add others to them in place
+        return tuple(None if g is None else g.mul_(outputs[0]) for g in grads)
 
 
 # --------------------------------------------------------------------- optimizer and schedule

@@ -36,7 +36,7 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     from config import GenerateParams
     from data import DataSource, Encoder, pad_prompts, prepare_inference
     from device import Device
-    from generate import generate, packed_weights
+    from generate import generate
     from model import AnswerModel, load_model, load_tokenizer, quiet_libraries
 
     quiet_libraries()
@@ -49,18 +49,17 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
         params = GenerateParams(max_new_tokens=job["new_tokens"])
         device = Device("cpu")
         began = time.perf_counter()
-        with packed_weights(model, device):
-            done = list(
-                generate(
-                    model,
-                    prompts,
-                    params,
-                    device,
-                    eos=encoder.eos,
-                    seed=0,
-                    batch_size=job["batch_size"],
-                )
+        done = list(
+            generate(
+                model,
+                prompts,
+                params,
+                device,
+                eos=encoder.eos,
+                seed=0,
+                batch_size=job["batch_size"],
             )
+        )
         seconds = time.perf_counter() - began
         done.sort(key=lambda a: a.prompt.row)
         answers = [a.tokens + [encoder.eos] * a.ended for a in done]

@@ -14,7 +14,7 @@ from config import GenerateParams
 from conftest import KINDS, rows
 from data import Encoder, Prompt
 from device import Device
-from generate import generate, packed_weights
+from generate import generate
 from model import AnswerModel, load_model
 
 DEVICE = Device("cpu")
@@ -57,8 +57,7 @@ def ours(
     model = AnswerModel(load_model(str(directory))[0]).eval()
     shuffled = list(prompts)
     random.Random(3).shuffle(shuffled)
-    with packed_weights(model, DEVICE):
-        answers = list(generate(model, shuffled, params, DEVICE, eos=0, seed=5, **kwargs))
+    answers = list(generate(model, shuffled, params, DEVICE, eos=0, seed=5, **kwargs))
     return sorted((a.prompt.row, a.tokens, a.ended) for a in answers)
 
 
@@ -195,26 +194,3 @@ def test_generation_leaves_every_generator_alone(
     assert str(before["python"]) == str(after["python"])
     assert torch.equal(before["torch"], after["torch"])
     assert torch.equal(before["numpy"][1], after["numpy"][1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_weights_change_nothing_but_rounding(
-    kind: str, model_dirs: dict[str, Path], tokenizer: Any
-) -> None:
-    model = AnswerModel(load_model(str(model_dirs[kind]))[0]).eval()
-    for parameter in model.parameters():  # biases are 0 in new models
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    ids = torch.tensor([prompts_of(tokenizer, 1)[0].input_ids])
-
-    def packed() -> int:
-        return sum("forward" in vars(module) for module in model.modules())
-
-    with torch.no_grad():
-        plain = model.model(ids).logits
-        with packed_weights(model, DEVICE):
-            assert packed() > 1
-            assert torch.allclose(model.model(ids).logits, plain, rtol=1e-4, atol=1e-5)
-        assert packed() == 0
-        assert torch.equal(model.model(ids).logits, plain)
-        with packed_weights(model, Device("cpu", "bf16-mixed")):
-            assert packed() == 0, "autocast knows nothing of these products"

@@ -421,8 +421,8 @@ def test_the_resolved_configuration_is_kept_and_printed_lines_tell_the_plan(
     )
     assert cli("train", write_yaml(tmp_path / "c.yaml", config)) == 0
     output = capsys.readouterr().out
-    assert "4 samples x 2 batches x 1 ranks = 8 samples" in output
-    assert "max_bad_steps: 10" in output  # the resolved configuration, defaults and all
+    assert "4 samples x 2 batches x 1 rank = 8 samples" in output
+    assert "trainer.yaml (every value)" in output  # the resolved configuration, defaults and all
     assert "3 steps an epoch, 6 in all, 1 of them warm-up" in output
     assert "[[" in output and "22 kept" in output
     text = (tmp_path / "run" / "trainer.yaml").read_text()
