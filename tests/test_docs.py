@@ -18,6 +18,7 @@ OF_OTHERS = (  # in comparison.md
     "chat_sft.py",
     "base_train.py",
     "scripts/chat_sft.py",
+    "checkpoint_connector.py",
     "loops/optimization/automatic.py",
 )
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
