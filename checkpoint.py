@@ -254,7 +254,7 @@ def find(ckpt_path: str, run: Path) -> tuple[Path, list[str]]:
             continue
         return candidate, remarks
     found = "\n".join(f"  {remark}" for remark in remarks) or "  found no step-* directory"
-    raise UserError(f"trainer.ckpt_path: {path}: no intact checkpoint to resume from\n{found}")
+    raise UserError(f"{path}: no intact checkpoint; train there first\n{found}")
 
 
 def load_state(path: Path) -> dict[str, Any]:
