@@ -253,8 +253,8 @@ def find(ckpt_path: str, run: Path) -> tuple[Path, list[str]]:
             remarks.append(f"passed over {error}")
             continue
         return candidate, remarks
-    found = "\n".join(f"  {remark}" for remark in remarks) or "  found no step-* directory"
-    raise UserError(f"trainer.ckpt_path: {path}: no intact checkpoint to resume from\n{found}")
+    remarks = remarks or ["found no step-* directory; train there first"]
+    raise UserError("\n  ".join([f"{path}: no intact checkpoint", *remarks]))
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def load_model(
 
 
 def _place(name: str) -> str:
-    return f"model_name: {name}" + ("" if Path(name).exists() else " (not a local directory)")
+    absent = " (not a local directory, as a run's is once it has trained; so taken as a hub id)"
+    return f"model_name: {name}" + ("" if Path(name).exists() else absent)
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -183,6 +184,17 @@ def process(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "sft.py"), *map(str, arguments)]
     kwargs.setdefault("timeout", 120)
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def copy_project(target: Path) -> Path:
+    """What git has or would add, as after cloning; returns `target`."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]
+    files = subprocess.run(command, capture_output=True, text=True, check=True)
+    for name in files.stdout.splitlines():
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
 
 
 def metrics_of(run: Path, timing: bool = False) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import ROOT, cli, process, rows, train_config, write_yaml
+from conftest import ROOT, cli, copy_project, process, rows, train_config, write_yaml
 
 
 def refused(capsys: Any, *arguments: Any) -> str:
@@ -155,16 +155,7 @@ def test_the_readme_shows_train_and_test() -> None:
 @pytest.mark.slow
 def test_the_readme_commands_run_in_order(tmp_path: Path) -> None:
     """In a copy of the project, as after cloning; ranks and other machines are left to others."""
-    files = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "-co", "--exclude-standard"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    copy = tmp_path / "sft"
-    for name in files.stdout.splitlines():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
+    copy = copy_project(tmp_path / "sft")
     for command in readme_commands():
         words = [sys.executable, *shlex.split(command)[1:]]
         result = subprocess.run(words, cwd=copy, capture_output=True, text=True, timeout=400)
