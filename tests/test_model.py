@@ -18,7 +18,10 @@ from config import ModelParams, UserError
 from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
 from model import (
+    GELU,
+    SILU,
     AnswerModel,
+    LinearFunction,
     architecture,
     learning_rate,
     load_model,
@@ -222,6 +225,58 @@ def test_gpt_neo_attention_equals_transformers_eager(
     prompt = ids[:2, :20]
     new = {"max_new_tokens": 15, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(prompt, **new), theirs.generate(prompt, **new))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_faster_modules_give_the_same_in_float32(kind: str, tokenizer: Any) -> None:
+    """SwiGLU, RMSNorm and products, with weights and biases that are not at their start values."""
+    config = tiny_config(kind, 300)
+    config.mlp_bias = config.attention_bias = True  # Llama's, off by default
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, mean=0.02, std=0.3)
+    ours = AutoModelForCausalLM.from_config(config)
+    ours.load_state_dict(theirs.state_dict())
+    before = {type(module) for module in ours.modules()}
+    speed_up(ours)
+    changed = before - {type(module) for module in ours.modules()}
+    names = {c.__name__ for c in changed}
+    assert names >= {"llama": {"Linear", "LlamaMLP", "LlamaRMSNorm"}}.get(kind, {"Linear"})
+    ids = torch.randint(1, 300, (3, 20))
+    a, b = ours(ids).logits, theirs(ids).logits
+    assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, a, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+    for logits in (a, b):
+        logits.log_softmax(-1)[..., 7].mean().backward()
+    for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters()):
+        assert (p.grad - q.grad).abs().max() <= 1e-4 * q.grad.abs().max().clamp(min=1e-6), name
+
+
+def test_the_gradients_of_the_faster_functions_are_right() -> None:
+    """Against finite differences, in float64."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    x, up, weight, bias = random(2, 3, 5), random(2, 3, 5), random(4, 5), random(4)
+    for kind, second in ((None, None), (GELU, None), (SILU, up)):
+        inputs = (x, weight, bias, kind, second)
+        assert torch.autograd.gradcheck(LinearFunction.apply, inputs)
+
+
+def test_an_rms_norm_of_another_formula_is_left_alone(tokenizer: Any) -> None:
+    from transformers import Gemma2Config
+
+    common = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**common, **heads))
+    speed_up(model)
+    kept = {type(module).__name__ for module in model.modules()}
+    assert {"Gemma2RMSNorm", "Gemma2MLP"} <= kept
+    assert not AnswerModel(model).packs  # it has a window
 
 
 def test_a_directory_without_weights_needs_from_scratch(tmp_path: Path, tokenizer: Any) -> None:

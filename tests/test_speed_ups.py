@@ -137,16 +137,16 @@ def test_gradient_checkpointing_changes_nothing(
 def test_gradient_checkpointing_recomputes(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    from model import FusedGatedMLP
 
     calls = [0]
-    original = LlamaMLP.forward
+    original = FusedGatedMLP.forward
 
     def counting(self: Any, x: Any) -> Any:
         calls[0] += self.training
         return original(self, x)
 
-    monkeypatch.setattr(LlamaMLP, "forward", counting)
+    monkeypatch.setattr(FusedGatedMLP, "forward", counting)
     config = train_config(
         model_dirs["llama"],
         data_file,
