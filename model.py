@@ -1,8 +1,7 @@
-"""The model: loading, fast attention for GPT-Neo, the answer-only loss, optimizer and schedule."""
+"""The model: loading, the answer-only loss, optimizer and schedule, export."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -19,18 +18,14 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
-from transformers.pytorch_utils import Conv1D
 
 import freeze
 from config import ModelParams, UserError
 from data import IGNORE, Batch
+from layers import SdpaGPTNeoAttention, product, speed_up, whole_mask
 
 # Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
-# the largest buffer that device._keep_freed_memory can keep).
+# the largest buffer that device._set_allocator can keep).
 LOGITS_PER_CHUNK = 2**23
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -152,292 +147,6 @@ def architecture(name: str) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------- attention
-
-
-class SdpaGPTNeoAttention(GPTNeoSelfAttention):
-    """GPT-Neo's attention through scaled_dot_product_attention.
-
-    transformers has GPT-Neo in eager form only, which builds a float32 [B, H, T, S] matrix a
-    layer. Two things are GPT-Neo's own: queries are not scaled, and in local layers a token sees
-    only the `window_size` newest tokens, itself included.
-
-    lengths: of the samples in a packed row, which are attended to one by one; None for rows that
-    are one sample each.
-    """
-
-    lengths: list[int] | None = None
-
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
-    ) -> tuple[Tensor, None]:
-        """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S]."""
-        if self.lengths is None:
-            return self._attend(query, key, value, attention_mask), None
-        parts = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
-        return torch.cat([self._attend(q, k, v, None) for q, k, v in zip(*parts)], dim=2), None
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        T, S = query.size(-2), key.size(-2)
-        window = self.config.window_size if self.attention_type == "local" else S
-        if T == 1 and S > window:  # one new token: the window is the newest keys
-            key, value = key[..., -window:, :], value[..., -window:, :]
-            attention_mask = None if attention_mask is None else attention_mask[..., -window:]
-        elif S > window:
-            near = _causal_window(T, S, window, query.device)
-            if attention_mask is None:
-                attention_mask = near
-            elif attention_mask.dtype == torch.bool:
-                attention_mask = attention_mask & near
-            else:
-                lowest = torch.finfo(attention_mask.dtype).min
-                attention_mask = attention_mask.masked_fill(~near, lowest)
-        elif attention_mask is None and 1 < T < S:
-            attention_mask = _causal_window(T, S, S, query.device)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=self.attn_dropout.p if self.training else 0.0,
-            is_causal=attention_mask is None and T > 1,
-            scale=1.0,
-        )
-
-
-def _packed_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    lengths: list[int] | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' SDPA, which attends to the samples of a packed row one by one.
-
-    query [B, H, T, D]; key, value [B, G, S, D]; lengths as in SdpaGPTNeoAttention. [B, T, H, D]
-    """
-    if lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    outputs = [sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in parts]
-    return torch.cat(outputs, dim=1), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same for whoever gives no lengths
-
-
-@functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
-def _causal_window(T: int, S: int, window: int, device: torch.device) -> Tensor:
-    """bool [T, S]: which of S keys each of the T newest queries sees."""
-    distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
-    return (distance >= 0) & (distance < window)
-
-
-def _whole_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """bool [B or 1, 1, T, T]: which keys each query sees, for a mask int64 [B, T] or None.
-
-    A padding position sees itself, since a softmax over nothing would not be a number.
-    """
-    T = input_ids.shape[1]
-    mask = _causal_window(T, T, T, input_ids.device)[None, None]
-    if attention_mask is not None:
-        itself = torch.eye(T, dtype=torch.bool, device=input_ids.device)
-        mask = mask & attention_mask[:, None, None].bool() | itself
-    return mask
-
-
-# ----------------------------------------------------------- products, feed-forward and norms
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., I] @ weight [O, I] transposed + bias [O] -> [..., O], as F.linear.
-
-    torch gives float32 products on CPUs to MKL, which leaves the AVX-512 of AMD's alone; oneDNN,
-    which torch has as well, was about twice as fast on a Zen 5.
-    """
-    if (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() > 0
-        and type(x) in PLAIN
-        and type(weight) in PLAIN  # and not FSDP's, which is shared among ranks
-        and torch.backends.mkldnn.is_available()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-PLAIN = (Tensor, nn.Parameter)
-# An activation, and its gradient from that of its output and its input.
-GELU = (
-    functools.partial(F.gelu, approximate="tanh"),
-    functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-)
-SILU = (F.silu, torch.ops.aten.silu_backward)
-SAME = 1e-5  # a faster module stands in for one whose output it gives to this, relative
-
-
-class LinearFunction(torch.autograd.Function):
-    """linear(activation(x) * up) that keeps x and up for the backward pass, and nothing else.
-
-    They are the widest tensors of a block, three to four times the hidden size; computing the
-    activation and the product again costs about 1 % of a step.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any, up: Tensor | None
-    ) -> Tensor:
-        """x, up [..., I], weight [C, I], bias [C] -> [..., C]; kind GELU, SILU or None"""
-        ctx.kind = kind
-        ctx.save_for_backward(x, up, weight)
-        active = kind[0](x) if kind else x
-        return product(active if up is None else active.mul_(up), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad
-        grad = outputs[0].flatten(0, -2)
-        x_grad = up_grad = weight_grad = None
-        active = ctx.kind[0](x) if ctx.kind else x
-        if need_weight:
-            inputs = active if up is None else active * up
-            inputs = inputs.flatten(0, -2).to(grad.dtype)
-            weight_grad = product(grad.T, inputs.T).to(weight.dtype)
-            del inputs
-        if need_x or need_up:
-            x_grad = product(grad, weight.T.to(grad.dtype)).view(x.shape).to(x.dtype)
-            if up is not None:
-                up_grad = active.mul_(x_grad) if need_up else None
-                x_grad.mul_(up)
-            if ctx.kind:
-                x_grad = ctx.kind[1](x_grad, x)
-        bias_grad = grad.sum(0).to(weight.dtype) if need_bias else None
-        return x_grad, weight_grad, bias_grad, None, up_grad
-
-
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any = None, up: Tensor | None = None
-) -> Tensor:
-    if kind is None and not torch.is_grad_enabled():
-        return product(x, weight, bias)
-    return LinearFunction.apply(x, weight, bias, kind, up)
-
-
-class FastLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
-
-
-class FastConv1D(Conv1D):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.T, self.bias)
-
-
-class FusedGPTNeoMLP(GPTNeoMLP):
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # nothing is kept
-            return super().forward(hidden_states)
-        down = self.c_proj
-        x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU)
-        return self.dropout(x)
-
-
-class FusedGatedMLP(nn.Module):
-    """SwiGLU, the feed-forward block of Llama and most models after it."""
-
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-        if not torch.is_grad_enabled():
-            return down(F.silu(gate).mul_(up))
-        return linear(gate, down.weight, down.bias, SILU, up)
-
-
-class ScaledRMS(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight in float32, as Llama has it, in half as many passes.
-
-    Zhang and Sennrich 2019, arXiv:1910.07467. With n = x * scale and C the width, the gradient of
-    x is scale * (g * weight - n * mean(g * weight * n)).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [..., C], weight [C]"""
-        wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (wide * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, weight = ctx.saved_tensors
-        grad = outputs[0].float()
-        normed = x.float() * scale
-        product = grad * normed
-        mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        x_grad = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
-        return x_grad, product.flatten(0, -2).sum(0), None
-
-
-class FusedRMSNorm(nn.Module):
-    weight: nn.Parameter
-    variance_epsilon: float
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return ScaledRMS.apply(hidden_states, self.weight, self.variance_epsilon)
-
-
-@torch.no_grad()
-def _stands_in(faster: type[nn.Module], module: nn.Module, width: int) -> bool:
-    """Whether the class, with the module's parameters, computes the same in float32."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator).to(next(module.parameters()).device)
-    expected = module(x)
-    return torch.allclose(faster.forward(module, x), expected, rtol=SAME, atol=SAME)  # type: ignore
-
-
-def speed_up(model: PreTrainedModel) -> None:
-    """Put faster modules with the same results in place of the model's own."""
-    for module in model.modules():
-        children = dict(module.named_children())
-        if type(module) is nn.Linear:
-            module.__class__ = FastLinear
-        if type(module) is Conv1D:
-            module.__class__ = FastConv1D
-        if type(module) is GPTNeoSelfAttention:
-            module.__class__ = SdpaGPTNeoAttention
-            module.bias = None  # the [1, 1, context, context] mask of the eager form
-        if type(module) is GPTNeoMLP and type(module.act) is NewGELUActivation:
-            module.__class__ = FusedGPTNeoMLP
-        for name, child in children.items():
-            # The same formula written out in Python, as eight operations over the widest tensor.
-            if type(child) is NewGELUActivation:
-                setattr(module, name, nn.GELU(approximate="tanh"))
-        if model.dtype != torch.float32:  # transformers rounds to float32 inside, in any dtype
-            continue
-        gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        if gated and _stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
-            module.__class__ = FusedGatedMLP
-        norm = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-        if norm and _stands_in(FusedRMSNorm, module, len(module.weight)):
-            module.__class__ = FusedRMSNorm
-    if model.config.model_type == "gpt_neo":
-        # Lets transformers skip the mask when causality alone decides.
-        model.config._attn_implementation = "sdpa"
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute each block in the backward pass instead of keeping its activations."""
     # The first name is that of transformers 5.
@@ -526,7 +235,7 @@ class AnswerModel(nn.Module):
             if not self.attentions:
                 kwargs["lengths"] = lengths  # passed on to _packed_sdpa
         elif self.makes_masks:
-            kwargs["attention_mask"] = _whole_mask(input_ids, kwargs.get("attention_mask"))
+            kwargs["attention_mask"] = whole_mask(input_ids, kwargs.get("attention_mask"))
         return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
 
     def _head(self, hidden: Tensor) -> Tensor:

@@ -17,16 +17,13 @@ import model as model_module
 from config import ModelParams, UserError
 from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
+from layers import GELU, SILU, LinearFunction, speed_up
 from model import (
-    GELU,
-    SILU,
     AnswerModel,
-    LinearFunction,
     architecture,
     learning_rate,
     load_model,
     make_optimizer,
-    speed_up,
     warmup_steps,
 )
 

@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_nothing(
 def test_gradient_checkpointing_recomputes(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from model import FusedGatedMLP
+    from layers import FusedGatedMLP
 
     calls = [0]
     original = FusedGatedMLP.forward
