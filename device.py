@@ -134,10 +134,23 @@ class Ranks:
                 self.any(False)
 
 
-def lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone, as gloo and NCCL put it."""
+def explain(error: RuntimeError) -> str | None:
+    """What the user can do about an error of PyTorch's; None if it is not such a one."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return (
+            "out of memory: halve data.batch_size and double accumulate_grad_batches (the result "
+            "is the same), set trainer.params.gradient_checkpointing: true, or lower "
+            "data.max_length; in a test, lower test_params.batch_size"
+        )
+    # As gloo and NCCL put it.
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    return isinstance(error, distributed.DistError) or any(word in str(error) for word in words)
+    if isinstance(error, distributed.DistError) or any(word in text for word in words):
+        return (
+            "another rank is gone (killed, or failed with a message of its own), so this one "
+            "stops; go on with trainer.ckpt_path=last"
+        )
+    return None
 
 
 class Device:
@@ -573,7 +586,8 @@ def available() -> list[str]:
         found.append("cuda")
     if torch.backends.mps.is_available():
         found.append("mps")
-    if find_spec("torch_xla") and (os.environ.get("PJRT_DEVICE") or glob("/dev/accel*")):
+    chips = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
+    if find_spec("torch_xla") and (os.environ.get("PJRT_DEVICE") or chips):
         # In front only where there is a TPU: PJRT_DEVICE=CPU is for trying things out.
         found.insert(0 if os.environ.get("PJRT_DEVICE", "TPU") == "TPU" else len(found), "tpu")
     return [*found, "cpu"]
@@ -592,8 +606,11 @@ def open_device(
     there = available()
     wanted = {"auto": there[0], "gpu": "cuda"}.get(accelerator, accelerator)
     if wanted not in there:
+        found, allowed = repr(accelerator), ["auto", *there]
+        if key == accelerator:  # test.yaml's `cuda` and `tpu`
+            found, allowed = "true", ["false"]
         raise UserError(
-            f"{key}: found {accelerator!r}, which this machine does not "
-            f"have; allowed here: {', '.join(['auto', *there])}"
+            f"{key}: found {found}, but this machine has {' and '.join(there)}; "
+            f"allowed here: {', '.join(allowed)}"
         )
     return XlaDevice("xla", precision) if wanted == "tpu" else Device(wanted, precision)

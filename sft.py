@@ -122,7 +122,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         # `test --compare` needs no configuration.
         one.add_argument("config", help="the YAML file", nargs="?" if one is test else None)
         one.add_argument(
-            "overrides", nargs="*", metavar="key.path=value", help="replaces a key of the file"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key.path=value",
+            help="replaces a key of the file",
         )
     for one in (train, test):
         one.add_argument("--quiet", action="store_true", help="print warnings and errors only")
@@ -136,7 +140,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides behind an option, which argparse leaves over
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments
 
 
@@ -149,14 +153,12 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a disk that is full or gone, a directory that is not ours
         complain(f"{error.filename or 'output'}: {error.strerror}")
     except RuntimeError as error:
-        from device import lost_rank
+        from device import explain
 
-        if not lost_rank(error):
+        message = explain(error)
+        if message is None:
             raise
-        complain(
-            "another rank is gone (killed, or failed with a message of its own), so this one "
-            "stops; go on with trainer.ckpt_path=last"
-        )
+        complain(message)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED + signal.SIGINT

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import ROOT, cli, copy_project, process, rows, train_config, write_yaml
+from model import AnswerModel
 
 
 def refused(capsys: Any, *arguments: Any) -> str:
@@ -81,7 +83,7 @@ def test_bad_input_gives_one_clear_message(
     (empty / "model.safetensors").unlink()
     assert "a config but no weights" in run(model=empty)
     assert "not a local directory" in run(model="no-such/model-anywhere")
-    assert "does not have" in run(trainer__params__accelerator="cuda")
+    assert "found 'cuda', but this machine has" in run(trainer__params__accelerator="cuda")
 
 
 def test_a_failed_test_command_writes_nothing(
@@ -97,7 +99,7 @@ def test_a_failed_test_command_writes_nothing(
     assert not (tmp_path / "out").exists()
     config["cuda"] = True
     message = refused(capsys, "test", write_yaml(tmp_path / "t.yaml", config))
-    assert "allowed here: auto, cpu" in message
+    assert "cuda: found true, but this machine has cpu" in message
 
 
 def test_a_csv_with_other_column_names_is_trained_on_and_tested(
@@ -193,3 +195,21 @@ def test_help_needs_no_torch() -> None:
 
 def test_an_unknown_command_is_an_error() -> None:
     assert process("trian", "x.yaml").returncode == 2
+
+
+def test_too_little_memory_ends_with_what_to_change(
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(AnswerModel, "forward", forward)
+    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
+    assert cli("train", write_yaml(tmp_path / "config.yaml", config)) == 1
+    message = capsys.readouterr().err
+    assert "error: out of memory: halve data.batch_size" in message
+    assert "Traceback" not in message
