@@ -182,6 +182,6 @@ def test_one_process_spreads_a_batch_over_several_devices(
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
     result = process("train", spread, env=environment)
     assert result.returncode == 0, result.stderr
-    assert "1 samples x 2 batches x 2 ranks = 4 samples" in result.stdout
+    assert "1 sample x 2 batches x 2 ranks = 4 samples" in result.stdout
     for ours, theirs in zip(metrics_of(both), metrics_of(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
