@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 import freeze
 from config import LARGEST, TrainConfig
 from data import Samples, cached_samples, micro_batches
+from device import StepResult
 from model import parameters_in
 from run import Run
 from track import duration, visible
@@ -120,18 +122,22 @@ def measure(run: Run) -> Iterator[tuple[str, str]]:
     run.model.train()
 
     def backward(rows: np.ndarray) -> torch.Tensor:
-        ((batch, _),) = device.feed(run.micro_batches(rows))
+        ((batch, _),) = device.feed(islice(run.micro_batches(rows), 1))
         with device.autocast():
             loss = run.model(batch)
         device.backward(loss / int(samples.target_lengths[rows].sum()))
         return loss.detach()
 
-    def step(loss: torch.Tensor) -> bool:
-        return device.step(run.optimizer, run.trainable, run.clip, loss).applied
+    def step(loss: torch.Tensor) -> StepResult:
+        return device.step(run.optimizer, run.trainable, run.clip, loss)
 
     # The first is not timed: it allocates the optimizer's state and all buffers.
     run.set_learning_rate()
-    if not step(backward(np.argsort(-samples.lengths, kind="stable")[:size])):
+    longest = np.argsort(-samples.lengths, kind="stable")[:size]
+    result = step(backward(longest))
+    while result.overflow:  # the scaler looks for its scale
+        result = step(backward(longest))
+    if not result.applied:
         run.console.warn("the loss or the gradient of a first step is not a finite number")
     peak = device.peak_memory()
 
@@ -143,7 +149,7 @@ def measure(run: Run) -> Iterator[tuple[str, str]]:
         loss = backward(rows)
         float(loss)  # waits for the device
         tokens += int(samples.lengths[rows].sum())
-        if time.monotonic() - began > SECONDS:
+        if run.ranks.any(time.monotonic() - began > SECONDS):
             break
     token_seconds = (time.monotonic() - began) / tokens
     began = time.monotonic()

@@ -13,7 +13,6 @@ import ctypes
 import math
 import os
 import random
-import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -112,11 +111,14 @@ class Ranks:
         if self.rank == 0:
             try:
                 outcome[0] = function()
-            except (UserError, OSError) as error:
+            except Exception as error:
                 outcome[1] = error
+        failed = outcome[1]
+        if failed is not None:
+            outcome = [None, True]  # not every error can be sent
         distributed.broadcast_object_list(outcome)
         if outcome[1] is not None:
-            raise outcome[1] if self.rank == 0 else UserError("")
+            raise failed or UserError("")
         return outcome[0]
 
     @contextmanager
@@ -145,7 +147,7 @@ def explain(error: RuntimeError) -> str | None:
         )
     # As gloo and NCCL put it.
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
-    if isinstance(error, distributed.DistError) or any(word in text for word in words):
+    if any(word in text for word in words):
         return (
             "another rank is gone (killed, or failed with a message of its own), so this one "
             "stops; go on with trainer.ckpt_path=last"
@@ -157,6 +159,8 @@ class Device:
     """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
 
     static_shapes: every batch must have the same shape, because each new one is compiled.
+    packs: whether batches without padding are worth it: one attention call for each sample, which
+        was measured on CPUs only and may cost a GPU more than it saves.
     shards: devices that this process spreads each batch over (the chips of a TPU).
     lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
     """
@@ -175,6 +179,7 @@ class Device:
         index = self.ranks.local_rank if kind == "cuda" else None
         self.torch_device = torch.device(kind) if index is None else torch.device(kind, index)
         self.kind = kind
+        self.packs = kind == "cpu"
         self.precision = precision
         self.weights_dtype = WEIGHTS.get(precision, torch.float32)
         self.autocast_dtype = AUTOCAST.get(precision)
@@ -208,7 +213,10 @@ class Device:
                 f"{self.precision} has no fast path on most CPUs (a bfloat16 product was measured "
                 "100 times slower than float32); use 32"
             )
-        if self.kind == "cuda" and "bf16" in self.precision and not torch.cuda.is_bf16_supported():
+        emulated = self.kind == "cuda" and not torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+        if "bf16" in self.precision and emulated:
             return f"this GPU emulates bfloat16; use 16-mixed instead of {self.precision}"
         if self.kind == "cuda" and self.precision == "64-true":
             return "float64 runs at 1/2 to 1/64 of float32's rate on GPUs"
@@ -384,6 +392,8 @@ class Device:
             status = Path("/proc/self/status").read_text()
             return int(status.split("VmHWM:")[1].split()[0]) * 1024
         except (OSError, IndexError):
+            import resource  # not on Windows
+
             unit = 1 if sys.platform == "darwin" else 1024
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -512,10 +522,23 @@ class XlaDevice(Device):
         from torch_xla.distributed.parallel_loader import ParallelLoader
 
         # Without its iterator, which would break the graph between backward pass and update.
-        loader = ParallelLoader(batches, [self.torch_device], input_sharding=self.sharding)
+        # An error in its threads just ends the batches, so it is kept here and raised.
+        errors: list[Exception] = []
+
+        def watched() -> Iterator[Batch]:
+            try:
+                yield from batches
+            except Exception as error:
+                errors.append(error)
+
+        loader = ParallelLoader(watched(), [self.torch_device], input_sharding=self.sharding)
         try:
             while (batch := loader.next_item(self.torch_device)) is not None:
                 yield batch
+            while not loader._exception_queue.empty():
+                errors.append(loader._exception_queue.get())
+            if errors:
+                raise errors[0]
         finally:
             loader.close()
 

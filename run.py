@@ -256,7 +256,7 @@ class Run:
             checkpoint_activations(model)
         self.model = AnswerModel(model)
         # A compiled model would be compiled anew for each list of lengths.
-        self.model.packs &= not self.params.compile and self.shape is None
+        self.model.packs &= self.device.packs and not self.params.compile and self.shape is None
         if self.params.compile:
             model.base_model.compile(dynamic=True)
         self.training_model = self.device.parallel(self.model, self.params.strategy)

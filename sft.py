@@ -17,6 +17,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -151,7 +152,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         complain(str(error))
     except OSError as error:  # a disk that is full or gone, a directory that is not ours
-        complain(f"{error.filename or 'output'}: {error.strerror}")
+        complain(
+            f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
+        )
     except RuntimeError as error:
         from device import explain
 
@@ -209,7 +212,8 @@ def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
 
     quiet_libraries()
     finished = evaluate.test(config, quiet, stop.requested)
-    return 0 if finished or stop.signal is None else INTERRUPTED + stop.signal
+    # Unfinished without a signal of its own: another rank had it.
+    return 0 if finished else INTERRUPTED + (stop.signal or signal.SIGTERM)
 
 
 def compare(logs: list[str]) -> int:
@@ -223,9 +227,15 @@ def compare(logs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if "WORLD_SIZE" in os.environ:  # torch's process groups may hang in their destructors
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(main(sys.argv[1:]))
+    # One of several ranks ends at once: torch's process groups may hang in their destructors.
+    code = 1
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)

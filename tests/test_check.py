@@ -118,3 +118,22 @@ def test_usual_learning_rates_are_those_of_the_paper() -> None:
     assert usual_learning_rate(10**6, True) == pytest.approx(1.31e-3, rel=0.01)
     assert usual_learning_rate(10**9, True) == pytest.approx(3.48e-4, rel=0.01)
     assert usual_learning_rate(10**9, False) == pytest.approx(3.48e-5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data__on_tpu": True, "trainer__params__accumulate_grad_batches": 2},
+        {"trainer__params__precision": "16"},  # the scaler's first scales may be too large
+    ],
+)
+def test_check_measures_static_shapes_and_float16(
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+    changes: dict[str, Any],
+) -> None:
+    text, warned = checked(capsys, tmp_path, model=model_dirs["llama"], data=data_file, **changes)
+    assert not re.search(r"optimizer 0\.0 MB", text)
+    assert "not a finite number" not in warned

@@ -17,7 +17,7 @@ import model as model_module
 from config import ModelParams, UserError
 from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
-from layers import GELU, SILU, LinearFunction, speed_up
+from layers import GELU, SILU, FastLinear, LinearFunction, speed_up
 from model import (
     AnswerModel,
     architecture,
@@ -384,3 +384,16 @@ def test_validation_takes_no_gradient_of_the_head(
     assert calls[0] == 0
     model(batch)
     assert calls[0] == 1
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
+def test_a_frozen_linear_map_keeps_no_input_and_takes_any_shape(shape: tuple[int, ...]) -> None:
+    kept: list[torch.Size] = []
+    linear_map = torch.nn.Linear(7, 5)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad(linear_map(x).square().sum(), x)[0]
+    linear_map.requires_grad_(False).__class__ = FastLinear
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        output = linear_map(x)
+    assert kept == [linear_map.weight.shape]
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), x)[0], expected)
