@@ -141,6 +141,15 @@ def data_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """21 and 7 samples: the last step of an epoch and the last batch of validation are short."""
+    path = tmp_path / "uneven.json"
+    splits = {"train": rows(21), "val": rows(7, offset=40), "test": rows(7, offset=60)}
+    path.write_text(json.dumps(splits))
+    return path
+
+
 def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> dict[str, Any]:
     """A complete small configuration; `changes` are key.path=value with `__` for the dots."""
     config: dict[str, Any] = {

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import sft
-from conftest import ROOT, cli, metrics_of, newest, rows, train_config, weights_of, write_yaml
+from conftest import ROOT, cli, metrics_of, newest, train_config, weights_of, write_yaml
 
 
 def _work(rank: int, count: int, port: int, output: Path, arguments: list[str]) -> None:
@@ -63,15 +63,6 @@ def run_ranks(count: int, output: Path, *arguments: Any) -> list[str]:
     printed = [(output / f"rank-{rank}.txt").read_text() for rank in range(count)]
     assert codes == [0] * count, (codes, printed)
     return printed
-
-
-@pytest.fixture
-def uneven(tmp_path: Path) -> Path:
-    """21 and 7 samples: the last step of an epoch and the last round of validation are short."""
-    path = tmp_path / "uneven.json"
-    splits = {"train": rows(21), "val": rows(7, offset=40), "test": rows(7, offset=60)}
-    path.write_text(json.dumps(splits))
-    return path
 
 
 def config_for(model: Path, data: Path, run: Path, **changes: Any) -> Path:

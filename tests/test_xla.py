@@ -17,18 +17,9 @@ import torch_xla
 from torch_xla.debug import metrics as xla_metrics
 
 import device
-from conftest import cli, metrics_of, newest, process, rows, train_config, weights_of, write_yaml
+from conftest import cli, metrics_of, newest, process, train_config, weights_of, write_yaml
 
 torch_xla.device()  # before the first backward pass: autograd counts the devices only once
-
-
-@pytest.fixture
-def uneven(tmp_path: Path) -> Path:
-    """21 and 7 samples: last steps and last batches are short."""
-    path = tmp_path / "uneven.json"
-    splits = {"train": rows(21), "val": rows(7, offset=40), "test": rows(7, offset=60)}
-    path.write_text(json.dumps(splits))
-    return path
 
 
 def config(model: Path, data: Path, run: Path, accelerator: str, **changes: Any) -> Path:
