@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,9 @@ def test_a_step_is_one_graph(
     monkeypatch.setattr(device.XlaDevice, "step", step)
     path = config(model_dirs["gpt_neo"], uneven, tmp_path / "run", "tpu")
     assert cli("train", path, "trainer.params.val_check_interval=12", "--quiet") == 0
-    between = {after - before for before, after in pairwise(executions[4:])}
-    print(f"graphs run in a step of two micro-batches: {sorted(between)}")
-    assert min(between) == 1
+    steps, run = len(executions[5:]), executions[-1] - executions[4]
+    print(f"graphs run in {steps} steps of two micro-batches: {run}")
+    assert abs(run - steps) <= 1  # an execution may be counted just after its step
 
 
 def test_a_step_that_is_no_number_changes_nothing(
