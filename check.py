@@ -16,7 +16,6 @@ from itertools import islice
 import numpy as np
 import torch
 
-import freeze
 from config import LARGEST, TrainConfig
 from data import Samples, cached_samples, micro_batches
 from device import StepResult
@@ -38,15 +37,11 @@ def check(config: TrainConfig) -> int:
     """
     run = Run(config, dry=True)
     run.sanity_check(lambda: False)
-    say, row, data, counts = run.console.say, run.console.row, config.data, run.train_counts
-
-    def train_split(max_length: int) -> Samples:
-        limits = (max_length, data.truncate_promt)
-        return cached_samples(run.source, "train", run.encoder, *limits)[0]
-
-    whole = kept = train_split(data.max_length)
-    if counts.question_cut or counts.answer_cut or counts.dropped:
-        whole = train_split(LARGEST)
+    say, row, data = run.console.say, run.console.row, config.data
+    whole = kept = run.train_split
+    if kept.counts.question_cut or kept.counts.answer_cut or kept.counts.dropped:
+        limits = (LARGEST, data.truncate_promt)
+        whole, _ = cached_samples(run.source, "train", run.encoder, *limits)
     say("\n" + "\n".join(length_table(whole)))
     row("cut", cut_summary(whole, data.max_length))
     for text in cut_examples(run, whole, kept):
@@ -109,16 +104,15 @@ def cut_examples(run: Run, whole: Samples, kept: Samples) -> Iterator[str]:
 
 
 def parameter_table(run: Run) -> Iterator[str]:
-    kinds = freeze.report(run.model.model)
-    kinds.append(("all", sum(k[1] for k in kinds), sum(k[2] for k in kinds)))
+    total = ("all", sum(k[1] for k in run.kinds), sum(k[2] for k in run.kinds))
     yield f"{'kind':<10}{'parameters':>15}{'trained':>15}{'frozen':>15}"
-    for kind, total, trained in kinds:
-        yield f"{kind:<10}{total:>15,}{trained:>15,}{total - trained:>15,}"
+    for kind, count, trained in (*run.kinds, total):
+        yield f"{kind:<10}{count:>15,}{trained:>15,}{count - trained:>15,}"
 
 
 def measure(run: Run) -> Iterator[tuple[str, str]]:
     """Memory and time, from a step with the longest samples and some random micro-batches."""
-    samples, device, size = run.samples, run.device, run.config.data.batch_size
+    samples, device, size = run.samples, run.device, run.batch_size
     run.model.train()
 
     def backward(rows: np.ndarray) -> torch.Tensor:
@@ -221,12 +215,12 @@ def warnings(run: Run, whole: Samples) -> Iterator[str]:
         )
     longest = int(whole.lengths.max())
     if data.max_length > 2 * longest:
-        cost = "every batch is padded to it (on_tpu)" if data.on_tpu else "harmless without on_tpu"
+        cost = "every batch is padded to it (on_tpu)" if run.shape else "harmless without on_tpu"
         yield (
             f"data.max_length: {data.max_length:,} is far above the longest sample, {longest:,} "
             f"tokens; {cost}"
         )
-    cut = run.train_counts.answer_cut + run.train_counts.dropped
+    cut = run.train_split.counts.answer_cut + run.train_split.counts.dropped
     if cut > 0.01 * len(whole):
         yield (
             f"data.max_length: {data.max_length:,} cuts or drops the answers of {cut:,} samples; "

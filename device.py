@@ -107,19 +107,19 @@ class Ranks:
         """
         if self.world_size == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        result: Any = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
-                outcome[0] = function()
-            except Exception as error:
-                outcome[1] = error
-        failed = outcome[1]
-        if failed is not None:
-            outcome = [None, True]  # not every error can be sent
-        distributed.broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise failed or UserError("")
-        return outcome[0]
+                result = function()
+            except Exception as raised:
+                error = raised
+        sent = [result, error is not None]  # not the error, since not every one can be sent
+        distributed.broadcast_object_list(sent)
+        result, failed = sent
+        if failed:
+            raise error or UserError("")
+        return result
 
     @contextmanager
     def one_by_machine(self) -> Iterator[None]:
@@ -175,7 +175,6 @@ class Device:
             UserError: it cannot do the precision.
         """
         self.ranks = Ranks(kind)
-        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         index = self.ranks.local_rank if kind == "cuda" else None
         self.torch_device = torch.device(kind) if index is None else torch.device(kind, index)
         self.kind = kind
@@ -187,7 +186,7 @@ class Device:
             raise UserError("trainer.params.precision: found 64; MPS has no float64")
         self.scaler = torch.amp.GradScaler(self.kind, enabled=precision == "16-mixed")
         if self.kind == "cpu":
-            _set_allocator(keep_freed=self.world_size == 1)
+            _set_allocator(keep_freed=self.ranks.world_size == 1)
         if self.kind == "cuda":
             if self.ranks.local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -233,14 +232,14 @@ class Device:
         Raises:
             UserError: `fsdp` for a model without a stack of blocks.
         """
-        if self.world_size == 1 or strategy == "ddp":
+        if self.ranks.world_size == 1 or strategy == "ddp":
             self.move_model(model)
-        if self.world_size == 1:
+        if self.ranks.world_size == 1:
             return model
         if strategy == "ddp":
             return DistributedDataParallel(model, gradient_as_bucket_view=True)
         self.lockstep = True
-        mesh = init_device_mesh(self.kind, (self.world_size,))
+        mesh = init_device_mesh(self.kind, (self.ranks.world_size,))
         for block in freeze.blocks(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -267,22 +266,30 @@ class Device:
     def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The model's state dict in host memory, whole tensors; every rank must ask for it.
 
-        Names that share a tensor still share it.
+        Rank 0, which writes them, gets the tensors, the others None. Names that share a tensor
+        still share it.
         """
         named = model.state_dict(keep_vars=True)
-        whole = {
-            id(tensor): _whole(tensor) for tensor in {id(t): t for t in named.values()}.values()
-        }
+        distinct = {id(tensor): tensor for tensor in named.values()}
+        whole = {i: self._whole(tensor) for i, tensor in distinct.items()}
         return {name: whole[id(tensor)] for name, tensor in named.items()}
 
     def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """`optimizer.state_dict()` with whole tensors in host memory; every rank must ask."""
+        """`optimizer.state_dict()` as `whole_state` has the model's; every rank must ask."""
         content = optimizer.state_dict()
         state = {
-            i: {name: _whole(value) for name, value in values.items()}
+            i: {name: self._whole(value) for name, value in values.items()}
             for i, values in content["state"].items()
         }
         return {"state": state, "param_groups": content["param_groups"]}
+
+    def _whole(self, value: Any) -> Any:
+        """A tensor in rank 0's host memory, put together from all slices; others as they are."""
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        return value.detach().cpu() if self.ranks.rank == 0 else None
 
     def load_optimizer_state(
         self, optimizer: torch.optim.Optimizer, content: dict[str, Any]
@@ -350,7 +357,7 @@ class Device:
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's share of the step's mean loss to the gradients."""
         # DDP and FSDP take the mean over the ranks; a step's gradient is the sum.
-        self.scaler.scale(loss * self.world_size).backward()
+        self.scaler.scale(loss * self.ranks.world_size).backward()
 
     def step(
         self,
@@ -401,7 +408,7 @@ class Device:
 
     def seed(self, seed: int) -> None:
         """Seed every generator; each rank draws numbers of its own, for dropout."""
-        seed += self.rank
+        seed += self.ranks.rank
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -485,7 +492,7 @@ class XlaDevice(Device):
             raise UserError("trainer.params.precision: found 16; TPUs compute in bf16: bf16-mixed")
         super().__init__(kind, precision)
         self.xla, self.xla_model = torch_xla, xla_model
-        if self.world_size > 1:
+        if self.ranks.world_size > 1:
             raise UserError(
                 "trainer.params.accelerator: a TPU has one process; start it without torchrun"
             )
@@ -593,13 +600,6 @@ def _updated(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         for p in group["params"]:
             yield p
             yield from (v for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor))
-
-
-def _whole(value: Any) -> Any:
-    """A tensor in host memory, put together from the slices of all ranks; others as they are."""
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
 def available() -> list[str]:

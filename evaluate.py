@@ -8,8 +8,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +42,7 @@ from model import (
     AnswerModel,
     check_fits,
     context_length,
+    evaluating,
     load_model,
     load_tokenizer,
     parameters_in,
@@ -76,7 +76,7 @@ def summed_loss(
         order = order[: max_batches * batch_size * ranks.world_size]
     parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
     total = device.zero()
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
         for batch, _ in device.feed(made):
             if ranks.any(should_stop()):
@@ -85,17 +85,6 @@ def summed_loss(
                 total += model(batch)
             device.synchronise()
     return float(ranks.add(total)), int(samples.target_lengths[order].sum())
-
-
-@contextmanager
-def _evaluating(model: AnswerModel) -> Iterator[None]:
-    """Dropout off inside, as it was before outside."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def validate(
@@ -121,7 +110,7 @@ def validate(
     if not prompts:
         return values, []
     ranks = device.ranks
-    with _evaluating(model):
+    with evaluating(model):
         own = list(
             generate(
                 model,

@@ -10,6 +10,7 @@ blocks that keep less for the backward pass, norms in fewer passes. What replace
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
         """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S]."""
         if self.lengths is None:
             return self._attend(query, key, value, attention_mask), None
-        parts = (tensor.split(self.lengths, dim=2) for tensor in (query, key, value))
-        return torch.cat([self._attend(q, k, v, None) for q, k, v in zip(*parts)], dim=2), None
+        parts = _samples(self.lengths, query, key, value)
+        return torch.cat([self._attend(q, k, v, None) for q, k, v in parts], dim=2), None
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None
@@ -92,9 +93,14 @@ def _packed_sdpa(
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
+    parts = _samples(lengths, query, key, value)
     outputs = [sdpa_attention_forward(module, *qkv, None, **kwargs)[0] for qkv in parts]
     return torch.cat(outputs, dim=1), None
+
+
+def _samples(lengths: list[int], *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of each sample of a packed row, of tensors [B, H, T, D]."""
+    return zip(*(tensor.split(lengths, dim=2) for tensor in packed))
 
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same for whoever gives no lengths

@@ -9,7 +9,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,17 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 # -------------------------------------------------------------------------------------- loss
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, as it was before outside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 class AnswerModel(nn.Module):
     """A causal LM as a function from a batch to its summed answer loss.
 
@@ -196,16 +208,13 @@ class AnswerModel(nn.Module):
         device = next(self.model.parameters()).device
         ids = torch.arange(8, device=device)[None] % text.vocab_size
         lengths = [3, 5]
-        training = self.model.training
-        self.model.eval()
         try:
-            packed = self._backbone(ids, lengths)[0]
-            alone = [self._backbone(part)[0] for part in ids.split(lengths, dim=1)]
-            return torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-3)
+            with evaluating(self.model):
+                packed = self._backbone(ids, lengths)[0]
+                alone = [self._backbone(part)[0] for part in ids.split(lengths, dim=1)]
+                return torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-3)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             return False
-        finally:
-            self.model.train(training)
 
     @torch.no_grad()
     def _splits(self) -> bool:
@@ -213,16 +222,13 @@ class AnswerModel(nn.Module):
             return False
         device = next(self.model.parameters()).device
         ids = torch.arange(4, device=device)[None] % self.model.config.get_text_config().vocab_size
-        training = self.model.training
-        self.model.eval()
         try:
-            whole = self.model(ids, use_cache=False).logits
-            parts = self._head(self._backbone(ids)[0])
-            return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3)
+            with evaluating(self.model):
+                whole = self.model(ids, use_cache=False).logits
+                parts = self._head(self._backbone(ids)[0])
+                return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3)
         except (AttributeError, RuntimeError, TypeError):
             return False
-        finally:
-            self.model.train(training)
 
     def _backbone(self, input_ids: Tensor, lengths: list[int] | None = None, **kwargs: Any) -> Any:
         for attention in self.attentions:

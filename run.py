@@ -152,12 +152,11 @@ class Run:
         self._load_model()
         self._load_data(self.source)
         self._plan()
-        identity = {
+        self.identity = {
             "model": architecture(config.model_name),
             "data": self.source.fingerprint(),
             SAMPLES_PER_STEP: self.samples_per_step,
         }
-        self.identity = identity
         self.answers: list[dict[str, Any]] = []
         self.state = State(wandb_id=uuid.uuid4().hex[:8])
         metrics_size = 0
@@ -271,7 +270,7 @@ class Run:
             self.samples, self.overlap = cached_samples(source, "train", *cache)
             if has_val:
                 self.val_samples, _ = cached_samples(source, "val", *cache)
-        self.train_counts = self.samples.counts
+        self.train_split = self.samples  # all of it, whatever is held out below
         self.val_split = "val" if has_val else "train"
         if self.params.overfit_batches:
             count = self.params.overfit_batches
@@ -383,7 +382,7 @@ class Run:
             "precision": self.params.precision,
             "data_sha256": self.identity["data"],
             "samples": {"train": len(self.samples), "val": len(self.val_samples)},
-            "truncation": {"train": asdict(self.train_counts)}
+            "truncation": {"train": asdict(self.train_split.counts)}
             | ({"val": asdict(self.val_samples.counts)} if self.val_split == "val" else {}),
             **self.overlap,
         }
@@ -413,7 +412,7 @@ class Run:
             held = " (the same: overfit_batches)"
         sizes = f"{len(self.samples):,} samples to train, {len(self.val_samples):,} to validate"
         row("data", f"{config.data.data_dir}: {sizes}{held}")
-        row("", f"train: {self.train_counts.describe()}")
+        row("", f"train: {self.train_split.counts.describe()}")
         if self.val_split == "val":
             row("", f"val: {self.val_samples.counts.describe()}")
         if self.overlap["duplicates"] or self.overlap["train_test_overlap"]:

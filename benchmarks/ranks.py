@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,7 +100,7 @@ def train(
     steps = [line for line in lines if "tokens_per_second" in line]
     seconds = steps[-1]["seconds"] - steps[0]["seconds"]
     tokens = steps[-1]["tokens"] - steps[0]["tokens"]
-    subprocess.run(["rm", "-rf", str(run)], check=True)
+    shutil.rmtree(run)
     return tokens / seconds, steps[-1]["memory"], steps[0]["tokens"] // ranks
 
 

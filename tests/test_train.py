@@ -205,7 +205,7 @@ def test_truncation_off_keeps_the_question_whole(
             data__max_length=24,
             data__truncate_promt=flag,
         )
-        counts.append(run_of(config).train_counts)
+        counts.append(run_of(config).train_split.counts)
     assert counts[0].question_cut > 0 and counts[0].dropped == 0
     assert counts[1].question_cut == 0 and counts[1].answer_cut + counts[1].dropped > 0
 

@@ -38,9 +38,23 @@ def config(model: Path, data: Path, run: Path, accelerator: str, **changes: Any)
     )
 
 
-def compiled() -> int:
-    found = xla_metrics.metric_data("CompileTime")
+def counted(metric: str) -> int:
+    found = xla_metrics.metric_data(metric)
     return int(found[0]) if found else 0
+
+
+def count_after_steps(monkeypatch: pytest.MonkeyPatch, metric: str) -> list[int]:
+    """What XLA's metric has counted after each step from now on."""
+    counts: list[int] = []
+    original = device.XlaDevice.step
+
+    def step(self: Any, *args: Any) -> Any:
+        result = original(self, *args)
+        counts.append(counted(metric))
+        return result
+
+    monkeypatch.setattr(device.XlaDevice, "step", step)
+    return counts
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
@@ -51,16 +65,8 @@ def test_xla_trains_as_the_cpu_does_and_stops_compiling(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    compiles: list[int] = []
-    original = device.XlaDevice.step
-
-    def step(self: Any, *args: Any) -> Any:
-        result = original(self, *args)
-        compiles.append(compiled())
-        return result
-
-    monkeypatch.setattr(device.XlaDevice, "step", step)
-    start = compiled()
+    compiles = count_after_steps(monkeypatch, "CompileTime")
+    start = counted("CompileTime")
     runs = {name: tmp_path / name for name in ("cpu", "tpu")}
     for name, run in runs.items():
         assert cli("train", config(model_dirs[kind], uneven, run, name), "--quiet") == 0
@@ -81,15 +87,7 @@ def test_xla_trains_as_the_cpu_does_and_stops_compiling(
 def test_a_step_is_one_graph(
     model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executions: list[int] = []
-    original = device.XlaDevice.step
-
-    def step(self: Any, *args: Any) -> Any:
-        result = original(self, *args)
-        executions.append(int(xla_metrics.metric_data("ExecuteTime")[0]))
-        return result
-
-    monkeypatch.setattr(device.XlaDevice, "step", step)
+    executions = count_after_steps(monkeypatch, "ExecuteTime")
     path = config(model_dirs["gpt_neo"], uneven, tmp_path / "run", "tpu")
     assert cli("train", path, "trainer.params.val_check_interval=12", "--quiet") == 0
     steps, run = len(executions[5:]), executions[-1] - executions[4]
