@@ -23,6 +23,7 @@ from evaluate import find_model
 from generate import generate
 from model import (
     AnswerModel,
+    check_ids,
     context_length,
     load_model,
     load_tokenizer,
@@ -87,6 +88,7 @@ def answer(model: AnswerModel, encoder: Encoder, device: Device, question: str) 
         UserError: the question leaves no room for an answer in the model's context.
     """
     prompt = Prompt(1, question, "", encoder.prompts([question])[0])
+    check_ids(model.model, encoder.tokenizer, max(prompt.input_ids, default=0), "the question")
     used, context = len(prompt.input_ids), context_length(model.model)
     room = MAX_NEW_TOKENS if context is None else min(MAX_NEW_TOKENS, context - used)
     if room < 1:

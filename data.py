@@ -36,6 +36,7 @@ CHUNK = 1000  # pairs tokenised at a time
 NEXT_WORD = re.compile(r"\s*\S*")
 LOOK_AHEAD = 24  # characters, longer than nearly every word; see Encoder.cut_prompt
 SHOWN_ROWS = 5
+LFS_POINTER = b"version https://git-lfs"
 CSV_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072
 
 
@@ -88,6 +89,7 @@ class DataSource:
                 )
         splits: dict[str, list[Any] | Path] = {}
         for file in files:
+            refuse_lfs_pointer(file)
             if file.suffix == ".json":
                 splits.update(_read_json(file, question_key, answer_key))
             elif file.suffix in (".jsonl", ".csv"):
@@ -209,6 +211,20 @@ class DataSource:
             # Each file by itself: a row moved from one split's end to the next one's start counts.
             parts += [name, file.suffix, digest.hexdigest()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raise a UserError for what Git LFS leaves where it has not fetched the real file."""
+    try:
+        with file.open("rb") as handle:
+            start = handle.read(len(LFS_POINTER))
+    except OSError:
+        return  # whoever reads it says why
+    if start == LFS_POINTER:
+        raise UserError(
+            f"{file}: a Git LFS pointer, a few lines in place of the file itself; "
+            "`git lfs install && git lfs pull` in its repository fetches the file"
+        )
 
 
 _SPLITS = ("train", "val", "test")

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 import freeze
 from config import UserError
 from data import Batch
+from probe import out_of_memory
 
 if TYPE_CHECKING:
     from model import AnswerModel
@@ -139,7 +140,7 @@ class Ranks:
 def explain(error: RuntimeError) -> str | None:
     """What the user can do about an error of PyTorch's; None if it is not such a one."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if out_of_memory(error):
         return (
             "out of memory: halve data.batch_size and double accumulate_grad_batches (the result "
             "is the same), set trainer.params.gradient_checkpointing: true, or lower "

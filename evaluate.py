@@ -40,7 +40,8 @@ from device import Device, open_device
 from generate import Answer, check_token_ids, generate
 from model import (
     AnswerModel,
-    check_fits,
+    check_ids,
+    check_length,
     context_length,
     evaluating,
     load_model,
@@ -218,12 +219,15 @@ def test_model(
         str(place), from_scratch=config.test_params.from_scratch, seed=config.seed
     )
     longest = max(len(prompt.input_ids) for prompt in prompts)
-    check_fits(
+    check_length(
         plain,
-        tokenizer,
         longest + config.generate_params.max_new_tokens,
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
+    references = encoder.targets([prompt.reference for prompt in prompts])
+    given = (*references, *(prompt.input_ids for prompt in prompts))
+    largest = max((max(ids) for ids in given if ids), default=0)
+    remarks += check_ids(plain, tokenizer, largest, config.data.data_dir)
     model = AnswerModel(plain).eval()
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
@@ -373,8 +377,7 @@ def find_model(name: str, console: Console) -> Path | str:
             for remark in remarks:
                 console.warn(remark)
             console.warn(f"{best}: there is none yet; {path} is used")
-    if (path / checkpoint.MANIFEST).exists():
-        checkpoint.verify(path)
+    checkpoint.verify_ours(path)
     return path
 
 

@@ -1,17 +1,18 @@
 """Which parameters train.
 
-Every parameter is of one kind, found from the types of the modules around it and not from one
-architecture's parameter names:
+Every parameter is of one kind, found from what the modules around it are called and from where
+they stand, and not from one architecture's parameter names:
 
     emb    token and position embeddings, and an output head that is tied to them
-    ln     every norm, the final one included
-    attn   inside an attention module of a block
-    ff     any other linear map of a block
-    other  the rest: an untied output head, convolutions of recurrent mixers, ...
+    ln     every norm, the final one and those inside attention included
+    attn   attention, and what a block has in its place: state-space and recurrent mixers, whole
+    ff     feed-forward maps, experts and their routers
+    other  the rest: an untied output head, what a model adds to the residual stream itself, ...
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,66 +26,98 @@ from config import ModelParams, UserError
 from data import Batch, Samples, collate
 
 KINDS = ("emb", "ln", "attn", "ff", "other")
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-FEED_FORWARD_NAMES = ("MLP", "FeedForward", "FFN", "Moe", "MoE", "Expert")
+NORM = re.compile(r"norm(gated|\d\w?)?$", re.IGNORECASE)  # RMSNorm, RMSNormGated, LayerNorm1P
+WORDS = {
+    "attn": "att attn attention mixer mamba ssm conv delta lstm recurrent",
+    "ff": "ff ffn mlp fc feed feedforward moe expert router intermediate output",
+    # What goes around attention and feed-forward alike: learned residual connections.
+    "other": "residual connection message",
+    # These hold more than they are called after: a block inside a block has parts of its own
+    # (Zamba's AttentionDecoderLayer), and `post_attention_layernorm` is no attention.
+    "mixed": "decoder norm layernorm",
+}
+KIND_OF = {word: kind for kind, words in WORDS.items() for word in words.split()}
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
-    """The model's stack of transformer blocks: its outermost, then longest ModuleList.
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """All stacks of blocks: lists of modules that have parts themselves, in no other such list."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or name.startswith(tuple(f"{s}." for s in stacks)):
+            continue
+        if len(module) > 0 and all(list(block.children()) for block in module):
+            stacks[name] = module
+    return stacks
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer blocks, as `layers_not_to_freeze` counts them.
+
+    They are those of the outermost, then longest stack. Other stacks count, one after the other,
+    if the module that holds them is of the same class: HRM's low and then high level, XLM's
+    attentions and then feed-forward maps, but no vision tower's blocks.
 
     Raises:
         UserError: the model has none.
     """
-    found = [
-        (name.count("."), -len(module), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    if not found:
+    if not (stacks := _stacks(model)):
         raise UserError(f"{type(model).__name__}: no stack of blocks found; freezing needs one")
-    return min(found, key=lambda item: item[:2])[2]
+
+    def holder(name: str) -> type[nn.Module]:
+        return type(model.get_submodule(name.rpartition(".")[0]))
+
+    main = min(stacks, key=lambda name: (name.count("."), -len(stacks[name])))
+    equals = [stack for name, stack in stacks.items() if holder(name) is holder(main)]
+    return [block for stack in equals for block in stack]
 
 
 def classify(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(name, kind, parameter) of each parameter; a shared one comes once, as its embedding."""
-    stack = {id(block) for block in blocks(model)}
+    stacks = {id(stack) for stack in _stacks(model).values()}
+    named = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path = [("", model)]
+        for attribute in name.split(".")[:-1]:
+            path.append((attribute, getattr(path[-1][1], attribute)))
+        named.append((name, _kind(path, stacks), parameter))
     seen: set[nn.Parameter] = set()
-    named = list(_with_ancestors(model, "", []))
     # Embeddings first, so that a tied output head is one of them wherever it is registered.
-    for wanted_embedding in (True, False):
-        for name, ancestors, parameter in named:
-            kind = _kind(ancestors, stack)
-            if (kind == "emb") == wanted_embedding and parameter not in seen:
-                seen.add(parameter)
-                yield name, kind, parameter
+    for name, kind, parameter in sorted(named, key=lambda item: item[1] != "emb"):
+        if parameter not in seen:
+            seen.add(parameter)
+            yield name, kind, parameter
 
 
-def _with_ancestors(
-    module: nn.Module, prefix: str, ancestors: list[nn.Module]
-) -> Iterator[tuple[str, list[nn.Module], nn.Parameter]]:
-    chain = [*ancestors, module]
-    for name, parameter in module.named_parameters(recurse=False):
-        yield prefix + name, chain, parameter
-    for name, child in module.named_children():
-        yield from _with_ancestors(child, f"{prefix}{name}.", chain)
-
-
-def _kind(ancestors: list[nn.Module], stack: set[int]) -> str:
-    owner = ancestors[-1]
-    if isinstance(owner, nn.Embedding):
+def _kind(path: list[tuple[str, nn.Module]], stacks: set[int]) -> str:
+    """`path` leads from the model to the parameter's owner: each module, and its name there."""
+    if isinstance(path[-1][1], nn.ParameterList):
+        path = path[:-1]
+    attribute, owner = path[-1]
+    named = type(owner).__name__
+    if isinstance(owner, nn.Embedding) or named.endswith(("Embedding", "Embeddings")):
         return "emb"
-    if isinstance(owner, NORMS) or type(owner).__name__.endswith("Norm"):
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    if isinstance(owner, norms) or NORM.search(named) or NORM.search(attribute):
         return "ln"
-    inside = next((i for i, module in enumerate(ancestors) if id(module) in stack), None)
+    inside = next((i for i, (_, module) in enumerate(path) if id(module) in stacks), None)
     if inside is None:
         return "other"
-    names = [type(module).__name__ for module in ancestors[inside + 1 :]]
-    if any("Attention" in name for name in names):
-        return "attn"
-    # A block may hold its feed-forward maps itself, without a module of their own (OPT).
-    if len(names) <= 1 or any(part in name for name in names for part in FEED_FORWARD_NAMES):
-        return "ff"
-    return "other"
+    # The part of the block that a parameter lies in decides, whatever else is in there: experts in
+    # attention are attention. XLM, though, has a stack of `attentions` and one of `ffns`.
+    parts = [_meaning(type(part).__name__) or _meaning(name) for name, part in path[inside + 2 :]]
+    kind = next((part for part in parts if part != "mixed"), "") or _meaning(path[inside][0])
+    return kind if kind in KINDS else "other"
+
+
+def _meaning(name: str) -> str:
+    """The kind, or "mixed", that a class or attribute name says, or "".
+
+    As in all English compounds the last word counts: GraniteMoeHybridMambaLayer is a Mamba.
+    """
+    name = re.sub("MLP|MoE|FFN", lambda found: found[0].title(), name)  # HMLP is two
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
+    kinds = [KIND_OF[w] for word in words if (w := word.lower().rstrip("s")) in KIND_OF]
+    return kinds[-1] if kinds else ""
 
 
 def apply(model: nn.Module, params: ModelParams) -> None:
@@ -146,7 +179,7 @@ class PrefixCache:
         self.blocks = list(blocks(model))
         self.current: Tensor | None = None  # [B, T, C], stands in for the prefix in a forward
         self.seen: list[Tensor] = []
-        self.tuple_length: int | None = None
+        self.output: Any = None  # what a block returns beside the hidden states, if anything
         self.depth = self._frozen_depth(probe)
         if self.depth == 0:
             raise UserError(
@@ -177,9 +210,15 @@ class PrefixCache:
         return inputs
 
     def _frozen_depth(self, probe: Tensor) -> int:
+        first, second = self._inputs(probe), self._inputs(probe)
+        if len(first) != len(self.blocks):
+            raise UserError(
+                "model_params.cache_frozen_prefix: the blocks of this model do not run once each "
+                "and in their order; set it to null"
+            )
         depth = 0
-        # Twice: what dropout touches differs.
-        for index, (a, b) in enumerate(zip(self._inputs(probe), self._inputs(probe))):
+        # What dropout touches differs from one time to the next.
+        for index, (a, b) in enumerate(zip(first, second)):
             # What needs no gradient has nothing that trains in front of it.
             if a.requires_grad or not torch.equal(a, b):
                 break
@@ -190,15 +229,15 @@ class PrefixCache:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.current is None:
                 output = original(*args, **kwargs)
-                hidden = output[0] if isinstance(output, tuple) else output
-                self.tuple_length = len(output) if isinstance(output, tuple) else None
+                several = isinstance(output, (tuple, list))
+                self.output = type(output)([None] * len(output)) if several else None
                 if last:
-                    self.seen = [hidden.detach()]
+                    self.seen = [(output[0] if several else output).detach()]
                 return output
             hidden = self.current if last else (args[0] if args else kwargs["hidden_states"])
-            if self.tuple_length is None:
+            if self.output is None:
                 return hidden
-            return (hidden, *[None] * (self.tuple_length - 1))
+            return type(self.output)([hidden, *self.output[1:]])
 
         return forward
 

@@ -1,9 +1,20 @@
-"""Prompts in, answers out: batched generation that equals `generate` on one prompt at a time."""
+"""Prompts in, answers out: batched generation that equals `generate` on one prompt at a time.
+
+How a model is batched depends on what it can do (see probe.py), never on its name:
+
+- Keys and values of plain attention stand in slots of our own, from which finished rows go and into
+  which new ones come. This is the fast way, and that of most models.
+- A model that remembers in another form (recurrent states, indexed keys) is run by transformers'
+  own `generate`, with the cache that belongs to it, on prompts of equal length: they need no
+  padding, which such models cannot skip.
+- Without a cache, whole sequences are computed anew for each token.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +24,14 @@ from transformers import (
     DynamicCache,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    GenerationConfig,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -31,7 +44,7 @@ from transformers.cache_utils import DynamicLayer
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
 from device import Device
-from model import AnswerModel
+from model import AnswerModel, generation_settings
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
 PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
@@ -160,13 +173,32 @@ class _SlotCache:
 
 @dataclass
 class _Row:
+    """An answer in the making; ended: whether by a token that ends it, None while it goes on."""
+
     prompt: Prompt
-    tokens: list[int]
+    end_ids: set[int]
+    max_new_tokens: int
     choose: Callable[[Tensor], int] | None
     processors: LogitsProcessorList | None
+    on_token: Callable[[Prompt, list[int]], None]
+    tokens: list[int] = field(default_factory=list)
+    ended: bool | None = None
 
     def sequence(self) -> list[int]:
         return self.prompt.input_ids + self.tokens
+
+    def take(self, token: int) -> None:
+        """Add the next token, or end with it."""
+        if token in self.end_ids:
+            self.ended = True
+            return
+        self.tokens.append(token)
+        self.on_token(self.prompt, self.tokens)
+        if len(self.tokens) >= self.max_new_tokens:
+            self.ended = False
+
+    def answer(self) -> Answer:
+        return Answer(self.prompt, self.tokens, bool(self.ended))
 
 
 @torch.no_grad()  # not inference_mode: FSDP's parameters would be of no use to training afterwards
@@ -192,7 +224,10 @@ def generate(
     order change nothing but float rounding.
 
     Args:
-        eos: what ends an answer unless `params.eos_token_id` says otherwise.
+        eos: what ends an answer, beside the ids in the model's generation_config.json; unless
+            `params.eos_token_id` says otherwise.
+        padding_side: where padding stands. A model that would give other answers with padding in
+            front gets it behind, whatever is asked for.
         pad_to: pad prompts to at least this length; None: to the longest of those that enter
             together.
         should_stop: asked before each token; true ends the iteration.
@@ -202,11 +237,26 @@ def generate(
     max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
     each token.
     """
-    ends = params.eos_token_id if params.eos_token_id is not None else eos
-    end_ids = set(ends) if isinstance(ends, list) else {ends}
+    configured = model.model.generation_config.eos_token_id
+    end_ids = {eos, *_as_list(configured)}
+    if params.eos_token_id is not None:
+        end_ids = set(_as_list(params.eos_token_id))
+
+    def start(prompt: Prompt) -> _Row:
+        return _new_row(prompt, params, end_ids, seed, on_token)
+
     waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
     longest = len(waiting[-1].input_ids) if waiting else 0
-    use_cache = use_cache and model.takes_cache and not device.static_shapes
+    # Static shapes leave no room for a cache that grows.
+    cache_kind = model.cache if use_cache and not device.static_shapes else "none"
+    # Slices of a model (FSDP) come together inside its own forward pass only, not in `generate`.
+    if cache_kind in ("groups", "single") and not device.lockstep:
+        rows = map(start, reversed(waiting))
+        new = params.max_new_tokens
+        yield from _by_transformers(model, rows, new, device, batch_size, should_stop)
+        return
+    use_cache = cache_kind == "slots"
+    padding_side = padding_side if model.pads_left else "right"
     height = None
     if device.static_shapes:
         height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
@@ -227,7 +277,8 @@ def generate(
             if use_cache:  # prompts of like lengths at a time: little padding, little memory
                 width = max(pad_to or 0, len(waiting[-1].input_ids))
                 count = min(count, max(1, PREFILL_TOKENS // width))
-            entered = [_new_row(waiting.pop(), params, end_ids, seed) for _ in range(count)]
+            entered = [start(waiting.pop()) for _ in range(count)]
+        chosen: Sequence[int | None]
         with device.autocast():
             if not use_cache:
                 active += entered
@@ -240,22 +291,18 @@ def generate(
                 lengths = np.array([len(row.prompt.input_ids) for row in entered])
                 cache.add(filled, lengths, padding_side)
                 active += entered
-                chosen = [*[None] * (len(active) - len(entered)), *_next(entered, logits)]
+                chosen = (*[None] * (len(active) - len(entered)), *_next(entered, logits))
             else:
                 chosen = _next(active, _one_token(model, active, cache, device))
                 cache.advance()
         staying: list[int] = []
         for i, (row, token) in enumerate(zip(active, chosen)):
-            if token is not None and token in end_ids:
-                yield Answer(row.prompt, row.tokens, True)
-                continue
             if token is not None:
-                row.tokens.append(token)
-                on_token(row.prompt, row.tokens)
-            if len(row.tokens) >= params.max_new_tokens:
-                yield Answer(row.prompt, row.tokens, False)
-                continue
-            staying.append(i)
+                row.take(token)
+            if row.ended is None:
+                staying.append(i)
+            else:
+                yield row.answer()
         if len(staying) < len(active):
             # The last rows move into the places that became free.
             holes = [i for i in range(len(staying)) if i not in staying]
@@ -265,6 +312,62 @@ def generate(
             active = [active[i] for i in order]
             if use_cache:
                 cache.keep(order)
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+class _Group:
+    """Rows that transformers' `generate` runs together, while the tokens are chosen here."""
+
+    def __init__(self, rows: list[_Row], should_stop: Callable[[], bool]) -> None:
+        self.rows, self.should_stop = rows, should_stop
+
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor: scores [B, V] in which only the chosen tokens are possible."""
+        going = [i for i, row in enumerate(self.rows) if row.ended is None]
+        chosen = torch.zeros(len(self.rows), dtype=torch.long)
+        for i, token in zip(going, _next([self.rows[i] for i in going], scores[going].float())):
+            chosen[i] = token
+            self.rows[i].take(token)
+        only = torch.full_like(scores, float("-inf"))
+        return only.scatter_(1, chosen[:, None].to(scores.device), 0.0)
+
+    def done(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """A stopping criterion: which rows are finished, bool [B]."""
+        stop = self.should_stop()
+        ended = [stop or row.ended is not None for row in self.rows]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _by_transformers(
+    model: AnswerModel,
+    rows: Iterable[_Row],
+    max_new_tokens: int,
+    device: Device,
+    batch_size: int,
+    should_stop: Callable[[], bool],
+) -> Iterator[Answer]:
+    """Answers of a model whose memory only its own cache classes can hold.
+
+    rows: longest first. Those of equal length need no padding and go together.
+    """
+    plain = model.model
+    batch_size = batch_size if model.cache == "groups" else 1
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0)
+    for _, members in itertools.groupby(rows, key=lambda row: len(row.prompt.input_ids)):
+        while (part := list(itertools.islice(members, batch_size))) and not should_stop():
+            group = _Group(part, should_stop)
+            input_ids = device.move(torch.tensor([row.prompt.input_ids for row in part]))
+            with device.autocast(), generation_settings(plain, settings):
+                plain.generate(
+                    input_ids,
+                    attention_mask=torch.ones_like(input_ids),
+                    logits_processor=LogitsProcessorList([group.choose]),
+                    stopping_criteria=StoppingCriteriaList([group.done]),
+                )
+            yield from (row.answer() for row in part if row.ended is not None)
 
 
 def _idle(model: AnswerModel, device: Device) -> None:
@@ -301,32 +404,32 @@ def _whole(
     if bool(start.any()):  # padding behind a row is out of its sight
         kwargs["attention_mask"] = device.move(padded["attention_mask"])
     if cache is not None:
-        kwargs["past_key_values"] = cache
-    if model.takes_positions:
+        kwargs["cache"] = cache
+    # Without padding in front, positions are what the model counts by itself.
+    if model.pads_left:
         kwargs["position_ids"] = device.move(positions)
     last = device.move(start + lengths - 1)
-    logits, _ = model.next_logits(device.move(padded["input_ids"]), last, **kwargs)
-    return logits
+    return model.next_logits(device.move(padded["input_ids"]), last, **kwargs)
 
 
 def _one_token(model: AnswerModel, rows: list[_Row], cache: _SlotCache, device: Device) -> Tensor:
     """Logits [B, V] after each row's newest token, which enters the cache."""
     ids = torch.tensor([[row.tokens[-1]] for row in rows])
-    kwargs: dict[str, Any] = {"past_key_values": cache.cache}
     mask = cache.attention_mask()
-    if mask is not None:
-        kwargs["attention_mask"] = device.move(mask)
-    if model.takes_positions:
-        kwargs["position_ids"] = device.move(torch.from_numpy(cache.lengths.copy())[:, None])
-    last = torch.zeros(len(rows), dtype=torch.long)
-    logits, _ = model.next_logits(device.move(ids), device.move(last), **kwargs)
-    return logits
+    positions = torch.from_numpy(cache.lengths.copy())[:, None]
+    return model.next_logits(
+        device.move(ids),
+        device.move(torch.zeros(len(rows), dtype=torch.long)),
+        cache.cache,
+        None if mask is None else device.move(mask),
+        device.move(positions),
+    )
 
 
-def _next(rows: list[_Row], logits: Tensor) -> list[int | None]:
+def _next(rows: list[_Row], logits: Tensor) -> list[int]:
     if all(row.choose is None and row.processors is None for row in rows):
         return list(logits.argmax(-1).tolist())
-    chosen: list[int | None] = []
+    chosen: list[int] = []
     for row, scores in zip(rows, logits.cpu()):
         scores = scores[None]
         if row.processors is not None:
@@ -335,17 +438,22 @@ def _next(rows: list[_Row], logits: Tensor) -> list[int | None]:
     return chosen
 
 
-def _new_row(prompt: Prompt, params: GenerateParams, end_ids: set[int], seed: int) -> _Row:
+def _new_row(
+    prompt: Prompt,
+    params: GenerateParams,
+    end_ids: set[int],
+    seed: int,
+    on_token: Callable[[Prompt, list[int]], None],
+) -> _Row:
     processors = _processors(params, len(prompt.input_ids), sorted(end_ids))
-    if not params.do_sample:
-        return _Row(prompt, [], None, processors)
     state = np.random.SeedSequence([seed, prompt.row]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
     def choose(scores: Tensor) -> int:
         return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
-    return _Row(prompt, [], choose, processors)
+    chooser = choose if params.do_sample else None
+    return _Row(prompt, end_ids, params.max_new_tokens, chooser, processors, on_token)
 
 
 def _processors(
@@ -395,12 +503,11 @@ def _processors(
 def check_token_ids(params: GenerateParams, model: AnswerModel, where: str) -> None:
     """Raise a UserError for a token id that the model does not have."""
     known = model.model.get_input_embeddings().num_embeddings
-    ends = params.eos_token_id or []
     named = {
         "bad_words_ids": [token for word in params.bad_words_ids or [] for token in word],
         "suppress_tokens": params.suppress_tokens or [],
         "begin_suppress_tokens": params.begin_suppress_tokens or [],
-        "eos_token_id": ends if isinstance(ends, list) else [ends],
+        "eos_token_id": _as_list(params.eos_token_id),
     }
     for name, tokens in named.items():
         if tokens and max(tokens) >= known:

@@ -23,7 +23,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 from transformers.pytorch_utils import Conv1D
 
+from probe import close, random_weights
+
 # --------------------------------------------------------------------------------- attention
+
+
+def packed_mask(lengths: list[int], device: torch.device) -> Tensor:
+    """The lengths of a packed row's samples, in the place of an attention mask: int64 [1, 1, 1, N].
+
+    transformers passes a mask of four dimensions on to the attention as it is. Where a model makes
+    another one of it, it has more to say than where samples end, and cannot be packed.
+    """
+    return torch.tensor(lengths, device=device)[None, None, None]
+
+
+def packed_lengths(attention_mask: Tensor | None) -> list[int] | None:
+    """What `packed_mask` was given; None for any other mask, which is bool or of floats."""
+    if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.ndim != 4:
+        return None
+    return attention_mask.flatten().tolist()
 
 
 class SdpaGPTNeoAttention(GPTNeoSelfAttention):
@@ -32,20 +50,19 @@ class SdpaGPTNeoAttention(GPTNeoSelfAttention):
     transformers has GPT-Neo in eager form only, which builds a float32 [B, H, T, S] matrix a
     layer. Two things are GPT-Neo's own: queries are not scaled, and in local layers a token sees
     only the `window_size` newest tokens, itself included.
-
-    lengths: of the samples in a packed row, which are attended to one by one; None for rows that
-    are one sample each.
     """
-
-    lengths: list[int] | None = None
 
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S]."""
-        if self.lengths is None:
+        """query [B, H, T, D]; key, value [B, H, S, D]; mask bool or additive, [B, 1, T, S].
+
+        With a `packed_mask` each sample is attended to alone.
+        """
+        lengths = packed_lengths(attention_mask)
+        if lengths is None:
             return self._attend(query, key, value, attention_mask), None
-        parts = _samples(self.lengths, query, key, value)
+        parts = _samples(lengths, query, key, value)
         return torch.cat([self._attend(q, k, v, None) for q, k, v in parts], dim=2), None
 
     def _attend(
@@ -84,13 +101,13 @@ def _packed_sdpa(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' SDPA, which attends to the samples of a packed row one by one.
 
-    query [B, H, T, D]; key, value [B, G, S, D]; lengths as in SdpaGPTNeoAttention. [B, T, H, D]
+    query [B, H, T, D]; key, value [B, G, S, D] -> [B, T, H, D]
     """
+    lengths = packed_lengths(attention_mask)
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     parts = _samples(lengths, query, key, value)
@@ -103,7 +120,7 @@ def _samples(lengths: list[int], *packed: Tensor) -> Iterator[tuple[Tensor, ...]
     return zip(*(tensor.split(lengths, dim=2) for tensor in packed))
 
 
-ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same for whoever gives no lengths
+ALL_ATTENTION_FUNCTIONS.register("sdpa", _packed_sdpa)  # the same with any other mask
 
 
 @functools.lru_cache(maxsize=8)  # one for each batch width, shared by all layers
@@ -156,7 +173,20 @@ GELU = (
     functools.partial(torch.ops.aten.gelu_backward, approximate="tanh"),
 )
 SILU = (F.silu, torch.ops.aten.silu_backward)
-SAME = 1e-5  # a faster module stands in for one whose output it gives to this, relative
+GATED = ("gate_proj", "up_proj", "down_proj")
+SAME = 1e-5  # a faster module stands in for one whose output it gives to this, see probe.close
+
+
+def is_plain(module: Any) -> bool:
+    """Whether a linear map is its weight and bias and nothing else.
+
+    Not a subclass that scales or masks, not an adapter around it, nothing hooked onto it: only
+    then may its weight be used without calling it.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(module) in (nn.Linear, FastLinear) and not any(
+        getattr(module, name, None) for name in hooks
+    )
 
 
 class LinearFunction(torch.autograd.Function):
@@ -170,7 +200,7 @@ class LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any, up: Tensor | None
     ) -> Tensor:
-        """x, up [..., I], weight [C, I], bias [C] -> [..., C]; kind GELU, SILU or None"""
+        """x, up [N, I], weight [C, I], bias [C] -> [N, C]; kind GELU, SILU or None"""
         ctx.kind, ctx.dtype = kind, x.dtype
         # Under a frozen weight, x is of no use afterwards.
         needed = kind is not None or up is not None or ctx.needs_input_grad[1]
@@ -182,17 +212,15 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, up, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad
-        grad = outputs[0].reshape(-1, weight.shape[0])
+        (grad,) = outputs
         x_grad = up_grad = weight_grad = None
         active = ctx.kind[0](x) if ctx.kind else x
         if need_weight:
-            inputs = active if up is None else active * up
-            inputs = inputs.reshape(-1, weight.shape[1]).to(grad.dtype)
+            inputs = (active if up is None else active * up).to(grad.dtype)
             weight_grad = product(grad.T, inputs.T).to(weight.dtype)
             del inputs
         if need_x or need_up:
             x_grad = product(grad, weight.T.to(grad.dtype)).to(ctx.dtype)
-            x_grad = x_grad.view(*outputs[0].shape[:-1], weight.shape[1])
             if up is not None:
                 up_grad = active.mul_(x_grad) if need_up else None
                 x_grad.mul_(up)
@@ -205,9 +233,13 @@ class LinearFunction(torch.autograd.Function):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any = None, up: Tensor | None = None
 ) -> Tensor:
+    """linear(activation(x) * up): x, up [..., I], weight [O, I], bias [O] -> [..., O]"""
     if kind is None and not torch.is_grad_enabled():
         return product(x, weight, bias)
-    return LinearFunction.apply(x, weight, bias, kind, up)
+    # Two dimensions inside: a view that a Function returns could not be changed in place.
+    flat = None if up is None else up.reshape(-1, up.shape[-1])
+    result = LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias, kind, flat)
+    return result.view(*x.shape[:-1], weight.shape[0])
 
 
 class FastLinear(nn.Linear):
@@ -222,9 +254,9 @@ class FastConv1D(Conv1D):
 
 class FusedGPTNeoMLP(GPTNeoMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # nothing is kept
-            return super().forward(hidden_states)
         down = self.c_proj
+        if not torch.is_grad_enabled() or not is_plain(down):  # nothing is kept, or not ours
+            return super().forward(hidden_states)
         x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU)
         return self.dropout(x)
 
@@ -240,6 +272,8 @@ class FusedGatedMLP(nn.Module):
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         if not torch.is_grad_enabled():
             return down(F.silu(gate).mul_(up))
+        if not is_plain(down):  # an adapter around it, say
+            return down(F.silu(gate) * up)
         return linear(gate, down.weight, down.bias, SILU, up)
 
 
@@ -279,14 +313,35 @@ class FusedRMSNorm(nn.Module):
 
 
 def _stands_in(faster: type[nn.Module], module: nn.Module, width: int) -> bool:
-    """Whether the class, with the module's parameters, computes the same in float32."""
+    """Whether the class computes what the module does, on inputs of any usual size [4, width]."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, width, generator=generator).to(next(module.parameters()).device)
+    device = next(module.parameters()).device
+    x = torch.randn(4, width, generator=generator).to(device)
     try:
-        found, expected = faster.forward(module, x), module(x)  # type: ignore[arg-type]
-        return torch.allclose(found, expected, rtol=SAME, atol=SAME)
+        with torch.no_grad(), random_weights(module):
+            return all(
+                close(faster.forward(module, x * size), module(x * size), SAME)  # type: ignore[arg-type]
+                for size in (1.0, 30.0, 1e-3)
+            )
     except (AttributeError, RuntimeError, TypeError):
         return False
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether the module is three plain linear maps by the usual names, and an activation."""
+    children = dict(module.named_children())
+    owners = {name.partition(".")[0] for name, _ in module.named_parameters()}
+    return (
+        owners == set(GATED)
+        and set(children) == {*GATED, "act_fn"}
+        and all(is_plain(children[name]) for name in GATED)
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether the module is an RMSNorm that holds one weight and nothing else."""
+    names = [name for name, _ in module.named_parameters()]
+    return type(module).__name__.endswith("RMSNorm") and names == ["weight"]
 
 
 def speed_up(model: PreTrainedModel) -> None:
@@ -308,13 +363,9 @@ def speed_up(model: PreTrainedModel) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
         if model.dtype != torch.float32:  # transformers rounds to float32 inside, in any dtype
             continue
-        gated = set(children) == {"gate_proj", "up_proj", "down_proj", "act_fn"}
-        if gated and _stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
+        if _is_gated(module) and _stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
             module.__class__ = FusedGatedMLP
-        norm = type(module).__name__.endswith("RMSNorm") and "weight" in dict(
-            module.named_parameters(recurse=False)
-        )
-        if norm and _stands_in(FusedRMSNorm, module, module.weight.numel()):
+        if _is_norm(module) and _stands_in(FusedRMSNorm, module, module.weight.numel()):
             module.__class__ = FusedRMSNorm
     if model.config.model_type == "gpt_neo":
         # Lets transformers skip the mask when causality alone decides.

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import inspect
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 import freeze
+import probe
 from config import ModelParams, UserError
-from data import IGNORE, Batch
-from layers import SdpaGPTNeoAttention, product, speed_up, whole_mask
+from data import IGNORE, Batch, refuse_lfs_pointer
+from layers import SdpaGPTNeoAttention, is_plain, packed_mask, product, speed_up, whole_mask
 
 # Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
 # the largest buffer that device._set_allocator can keep).
 LOGITS_PER_CHUNK = 2**23
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# Masks, positions and rotations that older versions of transformers stored with the weights.
+NOT_WEIGHTS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SHOWN_KEYS = 4
+# What configs call a factor on the logits (some multiply by it, some divide) and a soft cap.
+LOGIT_FACTORS = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+    "dim_model_base",  # MiniCPM's is this over the hidden size
+)
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 # ----------------------------------------------------------------------------------- loading
@@ -40,6 +77,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    _refuse_pointers(Path(name), "tokenizer*")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
@@ -60,7 +98,8 @@ def load_model(
         The model and remarks for the user, such as that its weights are random.
 
     Raises:
-        UserError: nothing there, no weights without `from_scratch`, not a causal LM.
+        UserError: nothing there, no weights without `from_scratch`, not a causal LM, or weights
+            that are not those of this model or not finite numbers.
     """
     path = Path(name)
     if from_scratch and not path.is_dir():
@@ -79,26 +118,110 @@ def load_model(
             "(model_params.from_scratch, in a test test_params.from_scratch) to initialise them "
             "at random, or name a directory with a model.safetensors"
         )
+    _refuse_pointers(path, "config.json", *WEIGHT_FILES)
     remarks = []
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        # GPT-Neo has no SDPA of its own and gets ours below; others take transformers' choice.
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
-        if config.model_type == "gpt_neo":
-            options["attn_implementation"] = "eager"
+    except Exception as error:
+        raise UserError(f"{_place(name)}: cannot be loaded: {_reason(error)}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
+            "language models, in which one stack of blocks reads and writes"
+        )
+    # GPT-Neo has no SDPA of its own and gets ours below; others take transformers' choice.
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
+    if config.model_type == "gpt_neo":
+        options["attn_implementation"] = "eager"
+    try:
         if from_scratch and not has_weights:
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, **options)
             remarks.append(f"weights initialised at random from seed {seed} (from_scratch)")
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+            remarks += _check_loaded(name, model, found)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
                 remarks.append(f"stored in {_name(stored)}, loaded as {_name(dtype)}")
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{_place(name)}: cannot be loaded: {_reason(error)}") from None
+    _own_memory(model)
     speed_up(model)
     return model, remarks
+
+
+def _refuse_pointers(directory: Path, *patterns: str) -> None:
+    """Raise a UserError for a file that `git lfs` has not fetched yet."""
+    if directory.is_dir():
+        for pattern in patterns:
+            for file in directory.glob(pattern):
+                refuse_lfs_pointer(file)
+
+
+def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> list[str]:
+    """Refuse weights that are not those of the model; remarks on ones that it has no use for.
+
+    Args:
+        found: what `from_pretrained` reports with `output_loading_info`. Tied parameters that the
+            file holds once are not in it.
+    """
+    weights = [p for pattern in WEIGHT_FILES for p in sorted(Path(name).glob(pattern))]
+    place = f"{weights[0] if len(weights) == 1 else _place(name)}: not the weights of this model"
+    missing = sorted(found["missing_keys"])
+    unexpected = sorted(k for k in found["unexpected_keys"] if not NOT_WEIGHTS.search(k))
+    mismatched = sorted(found["mismatched_keys"], key=str)
+    if mismatched:
+        lines = [f"{key}: found {list(a)}; config.json wants {list(b)}" for key, a, b in mismatched]
+        raise UserError(f"{place}: {len(lines)} of other shapes\n{_some(lines)}")
+    if missing:
+        other = ""
+        if unexpected:
+            other = f"\n  and {len(unexpected)} that it has no place for:\n{_some(unexpected)}"
+        raise UserError(f"{place}: {len(missing)} parameters are missing\n{_some(missing)}{other}")
+    # A head for another task may be left over; another block, or a bias that a block lacks, means
+    # that config.json is about another model.
+    modules = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    modules |= {name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    modules |= {name.removeprefix(f"{model.base_model_prefix}.") for name in modules}
+    for key in unexpected:
+        parts = key.split(".")
+        if any(".".join(parts[:i]) in modules for i in range(1, len(parts))):
+            raise UserError(
+                f"{place}: {len(unexpected)} parameters that it has no place for, some of them in "
+                f"its own blocks; look at the sizes in config.json\n{_some(unexpected)}"
+            )
+    for key, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{_place(name)}: damaged: {key} holds {bad:,} numbers that are not finite "
+                f"(of {tensor.numel():,}); fetch the model again, or go back to a checkpoint "
+                "from before"
+            )
+    if not unexpected:
+        return []
+    shown = ", ".join(unexpected[:SHOWN_KEYS]) + (", ..." if len(unexpected) > SHOWN_KEYS else "")
+    return [f"not used: {len(unexpected)} tensors that a causal LM has no place for ({shown})"]
+
+
+def _some(lines: list[str]) -> str:
+    more = [f"... and {len(lines) - SHOWN_KEYS} more"] if len(lines) > SHOWN_KEYS else []
+    return "\n".join(f"  {line}" for line in [*lines[:SHOWN_KEYS], *more])
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Put every parameter and buffer where the allocator would put a new one.
+
+    safetensors leaves them at the file's own offsets. Kernels choose their code by how memory is
+    aligned, and then differ in the last bit from a run that never was stopped.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def _place(name: str) -> str:
@@ -117,20 +240,47 @@ def _name(dtype: torch.dtype) -> str:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many positions the model knows; None for a model without a limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet writes -1
+        return None
+    # RoBERTa and its kin count positions from the row behind that of padding.
+    for module in model.modules():
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if padded and module is not model.get_input_embeddings() and module.num_embeddings == limit:
+            return limit - module.padding_idx - 1
+    return limit
 
 
-def check_fits(model: PreTrainedModel, tokenizer: Any, length: int, key: str) -> None:
-    """Raise a UserError if sequences of `length` or the tokenizer's ids are beyond the model."""
+def check_length(model: PreTrainedModel, length: int, key: str) -> None:
+    """Raise a UserError if sequences of `length` tokens are beyond the model's positions."""
     context = context_length(model)
     if context is not None and length > context:
         raise UserError(f"{key}: found {length}; allowed: at most {context}, the model's context")
+
+
+def check_ids(model: PreTrainedModel, tokenizer: Any, largest: int, where: str) -> list[str]:
+    """Raise a UserError for a token id that the model has no embedding for.
+
+    Args:
+        largest: the largest id that data and template really give.
+
+    Returns:
+        A remark if the tokenizer has such ids, but no text here gives one.
+    """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    name = tokenizer.name_or_path
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"{tokenizer.name_or_path}: the tokenizer has {len(tokenizer)} tokens, the model "
-            f"embeddings for {rows}; they do not belong together"
+            f"{where}: token {token!r} has the id {largest}, and the model has embeddings for "
+            f"{rows} ids; the tokenizer of {name} and the model do not belong together"
         )
+    if len(tokenizer) > rows:
+        return [
+            f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}; no "
+            "text here gives one of the others"
+        ]
+    return []
 
 
 def architecture(name: str) -> str:
@@ -149,7 +299,16 @@ def architecture(name: str) -> str:
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """Recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        UserError: transformers cannot do it with this model.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"trainer.params.gradient_checkpointing: found true; {model.config.model_type} cannot "
+            "do it (says transformers); set it to false and lower data.batch_size"
+        )
     # The first name is that of transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -172,80 +331,214 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """These settings inside, in place of the model's own, of which `generate` would add some."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class AnswerModel(nn.Module):
     """A causal LM as a function from a batch to its summed answer loss.
 
-    The output head is run on target positions only. transformers' models compute
-    `head(backbone(x))`, some with a final scaling or soft cap; `__init__` runs both ways on a few
-    tokens, and a model that does anything else gets the plain, slower path (`self.split` false).
+    What the model can do is tried out when it is opened, with random weights (see probe.py). Where
+    a trial fails, the plain, slower path is taken.
+
+    Attributes:
+        split: the output head may be run on target positions only. transformers' models compute
+            `head(backbone(x))`, some with a final scaling (`factor`) or soft cap.
+        packs: the model takes batches without padding, see data.Batch.
+        pads_left: padding in front of a row changes nothing, if mask and positions say so.
+        cache: how it remembers while it generates. "slots": the keys and values of rows of
+            different lengths stand in one plain cache. "groups" or "single": by transformers' own
+            `generate`, several rows of equal length at a time or one. "none": not at all, since
+            `generate` gives other tokens than the model itself, or there is no cache.
+
+    Raises:
+        UserError: the model cannot read text, or is not causal.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        # Llama 4's prefix is that of its multimodal form, so there the base is the model itself.
+        base = model.base_model
+        self.backbone: nn.Module = getattr(model, "model", base) if base is model else base
         self.prefix_cache: freeze.PrefixCache | None = None
         text = model.config.get_text_config()
-        self.softcap: float | None = getattr(text, "final_logit_softcapping", None)
-        accepted = inspect.signature(model.forward).parameters
-        # ALiBi models and OPT find positions from the mask; recurrent models have another cache.
-        self.takes_positions = "position_ids" in accepted
-        self.takes_cache = "past_key_values" in accepted
+        caps = (getattr(text, name, None) for name in SOFT_CAPS)
+        self.softcap: float | None = next(filter(None, caps), None)
+        self.factor = 1.0
+        # ALiBi models and OPT find positions from the mask.
+        self.takes_positions = probe.argument(model, "position_ids") is not None
+        # The name of the KV cache is that of transformers 5.24; before, it was the second one.
+        self.cache_name = probe.argument(model, "cache", "past_key_values")
         # transformers looks at values to see which mask it needs; XLA must not wait for them.
         self.makes_masks = False
-        self.attentions = [m for m in model.modules() if isinstance(m, SdpaGPTNeoAttention)]
-        self.split = self._splits()
-        # Whether this model takes batches without padding, see data.Batch.
-        self.packs = self.split and self._packs()
+        self.split = self.packs = self.pads_left = False
+        with torch.no_grad(), evaluating(model), probe.random_weights(model):
+            self._check_causal()
+            self.split = probe.succeeds(self._splits)
+            self.packs = self.split and probe.succeeds(self._packs)
+            self.pads_left = probe.succeeds(lambda: self._pads_left(cached=False))
+            slots = self.pads_left and probe.succeeds(lambda: self._pads_left(cached=True))
+            self.cache = "slots" if slots else self._own_cache()
 
-    @torch.no_grad()
+    # ------------------------------------------------------------------ what it can do
+
+    def _ids(self, *lengths: int, seed: int = 0) -> list[Tensor]:
+        device = next(self.model.parameters()).device
+        size = self.model.get_input_embeddings().num_embeddings
+        return [ids.to(device) for ids in probe.ids_of(*lengths, vocab_size=size, seed=seed)]
+
+    def _logits(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, use_cache=False).logits
+
+    def _check_causal(self) -> None:
+        """Raise a UserError if later tokens change what comes before them."""
+        kind = self.model.config.model_type
+        (ids,) = self._ids(29)
+        try:
+            whole = self._logits(ids)
+            alone = [self._logits(ids[:, :n]) for n in (9, 12, 20)]
+        except probe.FAILURES as error:
+            if probe.out_of_memory(error):
+                raise
+            raise UserError(
+                f"model_name: {kind} cannot be run on text alone: {_reason(error)}"
+            ) from None
+        if not all(probe.close(whole[:, : part.shape[1]], part) for part in alone):
+            raise UserError(
+                f"model_name: this {kind} is no causal language model: tokens change the outputs "
+                "of the tokens before them, so it sees the answer that it is to predict (of BERT "
+                "and its kin, is_decoder: true in config.json makes one)"
+            )
+
+    def _splits(self) -> bool:
+        """Whether logits are head(backbone(x)), but for a known factor and the soft cap."""
+        if not is_plain(self.model.get_output_embeddings()):
+            return False
+        (ids,) = self._ids(9)
+        text = self.model.config.get_text_config()
+        named = [getattr(text, name, None) for name in LOGIT_FACTORS]
+        factors = [factor for v in named if v for factor in (v, 1 / v, v / text.hidden_size)]
+        whole, hidden = self._logits(ids), self._backbone(ids)[0]
+        for factor in (1.0, *factors):
+            self.factor = factor
+            if probe.close(self._head(hidden), whole):
+                return True
+        return False
+
     def _packs(self) -> bool:
         """Whether samples in one row are to each other as if they were not there."""
-        text = self.model.config.get_text_config()
-        # A window, or attention in chunks, would act on the row and not on the sample.
-        windows = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", 0)
-        if windows or not self.takes_positions:
+        # GPT-Neo's windows are those of our own attention, which knows where a sample begins.
+        ours = any(isinstance(module, SdpaGPTNeoAttention) for module in self.model.modules())
+        sees_all = ours or probe.sees_everything(self.model.config.get_text_config())
+        if not self.takes_positions or not sees_all:
             return False
-        device = next(self.model.parameters()).device
-        ids = torch.arange(8, device=device)[None] % text.vocab_size
-        lengths = [3, 5]
-        try:
-            with evaluating(self.model):
-                packed = self._backbone(ids, lengths)[0]
-                alone = [self._backbone(part)[0] for part in ids.split(lengths, dim=1)]
-                return torch.allclose(packed, torch.cat(alone, dim=1), rtol=1e-3, atol=1e-3)
-        except (AttributeError, RuntimeError, TypeError, ValueError):
-            return False
+        parts, others = self._ids(7, 5, 11), self._ids(7, 5, 11, seed=1)
+        lengths = [part.shape[1] for part in parts]
+        alone = [self._backbone(part)[0] for part in parts]
+        packed = self._backbone(torch.cat(parts, dim=1), lengths)[0]
+        # Another first sample must not change the others by a bit.
+        changed = self._backbone(torch.cat([others[0], *parts[1:]], dim=1), lengths)[0]
+        same = torch.equal(packed[:, lengths[0] :], changed[:, lengths[0] :])
+        return same and probe.close(packed, torch.cat(alone, dim=1))
 
-    @torch.no_grad()
-    def _splits(self) -> bool:
-        if not isinstance(self.model.get_output_embeddings(), nn.Linear):
-            return False
-        device = next(self.model.parameters()).device
-        ids = torch.arange(4, device=device)[None] % self.model.config.get_text_config().vocab_size
-        try:
-            with evaluating(self.model):
-                whole = self.model(ids, use_cache=False).logits
-                parts = self._head(self._backbone(ids)[0])
-                return torch.allclose(whole.float(), parts.float(), rtol=1e-3, atol=1e-3)
-        except (AttributeError, RuntimeError, TypeError):
-            return False
+    def _pads_left(self, cached: bool) -> bool:
+        """Whether rows with padding in front get the logits that they get alone.
 
-    def _backbone(self, input_ids: Tensor, lengths: list[int] | None = None, **kwargs: Any) -> Any:
-        for attention in self.attentions:
-            attention.lengths = lengths
+        cached: after two more tokens, with keys and values of the rows before in a plain cache.
+        """
+        if cached and self.cache_name is None:
+            return False
+        short, long = self._ids(6, 13)
+        width, new = long.shape[1], 2 if cached else 0
+        rows = torch.cat([F.pad(short, (width - short.shape[1], 0)), long])
+        mask = torch.ones_like(rows)
+        mask[0, : width - short.shape[1]] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        more = torch.cat(self._ids(new, new, seed=2)) if new else rows[:, :0]
+        alone = [
+            self._logits(torch.cat([ids[None], extra[None]], dim=1))[:, -1]
+            for ids, extra in zip((short[0], long[0]), more)
+        ]
+        cache = DynamicCache() if cached else None
+        last = torch.full((2,), width - 1, device=rows.device)
+        found = self.next_logits(rows, last, cache, mask, positions)
+        for i in range(new):
+            mask = F.pad(mask, (0, 1), value=1)
+            positions = positions[:, -1:] + 1
+            token = more[:, i : i + 1]
+            found = self.next_logits(token, torch.zeros_like(last), cache, mask, positions)
+        return probe.close(found, torch.cat(alone))
+
+    def _own_cache(self) -> str:
+        """How far transformers' `generate` can be used: "groups", "single" or "none"."""
+        rows = torch.cat(self._ids(9, 9))
+        settings = GenerationConfig(max_new_tokens=3, pad_token_id=0)
+
+        def generated(ids: Tensor) -> Tensor:
+            with generation_settings(self.model, settings):
+                return self.model.generate(ids, attention_mask=torch.ones_like(ids))
+
+        expected = rows
+        for _ in range(3):  # what the model that is trained here says, one token after the other
+            chosen = [self._logits(row[None])[:, -1].argmax(-1) for row in expected]
+            expected = torch.cat([expected, torch.stack(chosen)], dim=1)
+
+        def each() -> bool:
+            return torch.equal(torch.cat([generated(row[None]) for row in rows]), expected)
+
+        if not probe.succeeds(each):
+            return "none"
+        together = probe.succeeds(lambda: torch.equal(generated(rows), expected))
+        return "groups" if together else "single"
+
+    def check_trainable(self) -> None:
+        """Raise a UserError for a model that transformers can run, but not train.
+
+        One sample of an odd length goes forward and back, with dropout as in training.
+        """
+        (ids,) = self._ids(11)
+        first = next(p for p in self.model.parameters() if p.requires_grad)
+        positions = torch.arange(4, 10, device=ids.device)
+        batch = Batch(ids, positions, ids[0, 5:], np.zeros(1, dtype=np.int64))
+        training = self.model.training
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.model.train()
+                torch.autograd.grad(self(batch), first, allow_unused=True)
+        except probe.FAILURES as error:
+            if probe.out_of_memory(error):
+                raise
+            kind = self.model.config.model_type
+            raise UserError(f"model_name: {kind} cannot be trained: {_reason(error)}") from None
+        finally:
+            self.model.train(training)
+
+    # ------------------------------------------------------------------ running it
+
+    def _backbone(
+        self, input_ids: Tensor, lengths: list[int] | None = None, cache: Any = None, **kwargs: Any
+    ) -> Any:
         if lengths is not None:
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
             kwargs["position_ids"] = positions.to(input_ids.device)
-            # A mask of four dimensions is passed on as it is, and our attention needs none.
-            kwargs["attention_mask"] = input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-            if not self.attentions:
-                kwargs["lengths"] = lengths  # passed on to _packed_sdpa
+            kwargs["attention_mask"] = packed_mask(lengths, input_ids.device)
         elif self.makes_masks:
             kwargs["attention_mask"] = whole_mask(input_ids, kwargs.get("attention_mask"))
-        return self.model.base_model(input_ids, use_cache="past_key_values" in kwargs, **kwargs)
+        if cache is not None and self.cache_name is not None:
+            kwargs[self.cache_name] = cache
+        return self.backbone(input_ids, use_cache=cache is not None, **kwargs)
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits = self.model.get_output_embeddings()(hidden)
+        if self.factor != 1.0:
+            logits = logits * self.factor
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -253,9 +546,9 @@ class AnswerModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum over the batch's targets of -log p(target), float scalar."""
         if not self.split:
-            logits = self.model(batch.input_ids, use_cache=False).logits.flatten(0, 1)
-            chosen = logits.index_select(0, batch.target_positions).float()
-            return F.cross_entropy(chosen, batch.target_ids, ignore_index=IGNORE, reduction="sum")
+            logits = self._logits(batch.input_ids).flatten(0, 1)
+            chosen = logits.index_select(0, batch.target_positions)
+            return _cross_entropy(chosen, batch.target_ids)
         if self.prefix_cache is not None:
             self.prefix_cache.current = batch.prefix
         try:
@@ -265,10 +558,24 @@ class AnswerModel(nn.Module):
                 self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
         head = self.model.get_output_embeddings()
+        if not is_plain(head):  # an adapter around it, say: the same chunks, through the module
+            return self._loss_by_chunks(hidden, batch.target_ids)
         weight, bias = head.weight, getattr(head, "bias", None)
         if not torch.is_grad_enabled():  # a Function would not know and compute gradients
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return _ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, self.softcap)
+        scaling = (self.factor, self.softcap)
+        return _ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, scaling)
+
+    def _loss_by_chunks(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
+        """The same loss for any head; a chunk's logits are computed again in the backward pass."""
+
+        def loss_of(chunk: Tensor, ids: Tensor) -> Tensor:
+            return _cross_entropy(self._head(chunk), ids)
+
+        rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
+        parts = zip(hidden.split(rows), target_ids.split(rows))
+        losses = [checkpoint(loss_of, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
@@ -279,26 +586,48 @@ class AnswerModel(nn.Module):
             chunks = hidden.index_select(0, batch.target_positions).split(rows)
             logits = (self._head(chunk) for chunk in chunks)
         else:
-            whole = self.model(batch.input_ids, use_cache=False).logits.flatten(0, 1)
+            whole = self._logits(batch.input_ids).flatten(0, 1)
             logits = iter(whole.index_select(0, batch.target_positions).split(rows))
         losses = [
-            F.cross_entropy(scores.float(), ids, ignore_index=IGNORE, reduction="none")
+            _cross_entropy(scores, ids, reduction="none")
             for scores, ids in zip(logits, batch.target_ids.split(rows))
         ]
         return torch.cat(losses)
 
     def _vocabulary(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return int(self.model.get_input_embeddings().num_embeddings)
 
-    def next_logits(self, input_ids: Tensor, last: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        """Logits [B, V] of the token after position `last` [B] of each row, and the cache."""
+    def next_logits(
+        self,
+        input_ids: Tensor,
+        last: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, V] of the token after position `last` [B] of each row of input_ids [B, T].
+
+        cache: what transformers calls a Cache; it takes up the keys and values of these tokens.
+        """
         rows = torch.arange(len(input_ids), device=input_ids.device)
-        if not self.split:
-            kwargs["use_cache"] = "past_key_values" in kwargs
-            output = self.model(input_ids, **kwargs)
-            return output.logits[rows, last].float(), getattr(output, "past_key_values", None)
-        output = self._backbone(input_ids, **kwargs)
-        return self._head(output[0][rows, last]).float(), getattr(output, "past_key_values", None)
+        kwargs: dict[str, Any] = {}
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        if position_ids is not None and self.takes_positions:
+            kwargs["position_ids"] = position_ids
+        if self.split:
+            return self._head(
+                self._backbone(input_ids, None, cache, **kwargs)[0][rows, last]
+            ).float()
+        if cache is not None and self.cache_name is not None:
+            kwargs[self.cache_name] = cache
+        logits = self.model(input_ids, use_cache=cache is not None, **kwargs).logits
+        return logits[rows, last].float()
+
+
+def _cross_entropy(logits: Tensor, target_ids: Tensor, reduction: str = "sum") -> Tensor:
+    exact = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(exact, target_ids, ignore_index=IGNORE, reduction=reduction)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -316,9 +645,13 @@ class _ChunkedLoss(torch.autograd.Function):
         target_ids: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        softcap: float | None,
+        scaling: tuple[float, float | None],
     ) -> Tensor:
-        """hidden [M, C], target_ids [M], weight [V, C], bias [V]; the summed loss, a scalar."""
+        """hidden [M, C], target_ids [M], weight [V, C], bias [V]; the summed loss, a scalar.
+
+        scaling: a factor on the logits, and a soft cap.
+        """
+        factor, softcap = scaling
         need_hidden, _, need_weight, need_bias, _ = ctx.needs_input_grad
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss = hidden.new_zeros((), dtype=exact)
@@ -331,6 +664,8 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = product(h, weight, bias)
             dtype = logits.dtype  # autocast's, if it is on
             scores = logits.to(exact)  # the same memory when there is nothing to convert
+            if factor != 1.0:
+                scores *= factor
             if softcap:
                 scores = scores.div_(softcap).tanh_()
                 slope = 1 - scores.square()
@@ -348,6 +683,8 @@ class _ChunkedLoss(torch.autograd.Function):
             scores.scatter_add_(-1, ids, -valid.to(exact))
             if softcap:
                 scores *= slope
+            if factor != 1.0:
+                scores *= factor
             if bias_grad is not None:
                 bias_grad += scores.sum(0)
             scores = scores.to(dtype)
@@ -423,15 +760,49 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
+def tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
+    """The files that a tokenizer was loaded from, by their names.
+
+    A model is exported with these and not with what `tokenizer.save_pretrained` makes of them: it
+    writes the names of transformers 5, which transformers 4, llama.cpp and others do not know.
+
+    Args:
+        name: the hub id or the directory that it was loaded from.
+    """
+    found = {}
+    for file in sorted({*TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}):
+        path: Any = Path(name) / file
+        if not Path(name).is_dir():
+            path = try_to_load_from_cache(name, file)
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            found[file] = Path(path).read_bytes()
+    return found
+
+
 def export(
     model: PreTrainedModel,
     weights: dict[str, Tensor],
     tokenizer: Any,
+    files: dict[str, bytes],
     directory: str | os.PathLike[str],
 ) -> None:
-    """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer."""
+    """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
+
+    Args:
+        files: see `tokenizer_files`.
+    """
     model.save_pretrained(directory, state_dict=weights)
-    tokenizer.save_pretrained(directory)
+    # What the answers were trained to end with comes first, whatever the base model had.
+    generation = copy.deepcopy(model.generation_config)
+    before = generation.eos_token_id
+    others = before if isinstance(before, list) else [before]
+    ends = [tokenizer.eos_token_id, *(i for i in others if i not in (None, tokenizer.eos_token_id))]
+    generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    generation.save_pretrained(directory)
+    for name, content in files.items():
+        (Path(directory) / name).write_bytes(content)
+    if not files:  # one that needs none, such as a tokenizer of bytes
+        tokenizer.save_pretrained(directory)
 
 
 def quiet_libraries() -> None:

@@ -45,7 +45,8 @@ from generate import check_token_ids
 from model import (
     AnswerModel,
     architecture,
-    check_fits,
+    check_ids,
+    check_length,
     checkpoint_activations,
     context_length,
     export,
@@ -54,6 +55,7 @@ from model import (
     load_tokenizer,
     make_optimizer,
     quiet_libraries,
+    tokenizer_files,
     warmup_steps,
 )
 from track import CURVES, METRICS, Console, Curves, Metrics, WandbWriter, duration, visible
@@ -239,7 +241,10 @@ class Run:
     def _load_model(self) -> None:
         config = self.config
         name = str(self.resumed_from or config.model_name)
+        if not self.resumed_from:
+            checkpoint.verify_ours(Path(name))
         self.tokenizer = load_tokenizer(name)
+        self.tokenizer_files = tokenizer_files(name, self.tokenizer)
         self.encoder = Encoder(self.tokenizer, config.data.prompt_template)
         scratch = config.model_params.from_scratch and not self.resumed_from
         model, remarks = load_model(
@@ -248,16 +253,18 @@ class Run:
         if self.resumed_from:
             remarks.append(f"weights from {self.resumed_from}")
         self.remarks += remarks
-        check_fits(model, self.tokenizer, config.data.max_length, "data.max_length")
+        check_length(model, config.data.max_length, "data.max_length")
+        _refuse_router_loss(config.model_name, model.config)
         freeze.apply(model, config.model_params)
         self.kinds = freeze.report(model)
         if self.params.gradient_checkpointing:
             checkpoint_activations(model)
         self.model = AnswerModel(model)
+        self.model.check_trainable()
         # A compiled model would be compiled anew for each list of lengths.
         self.model.packs &= self.device.packs and not self.params.compile and self.shape is None
         if self.params.compile:
-            model.base_model.compile(dynamic=True)
+            self.model.backbone.compile(dynamic=True)
         self.training_model = self.device.parallel(self.model, self.params.strategy)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
@@ -279,6 +286,9 @@ class Run:
             self.samples = self.val_samples = self.samples.subset(chosen)
         elif len(self.samples) and not has_val:
             self.samples, self.val_samples = hold_out(self.samples, data.val_fraction, config.seed)
+        splits = {"train": self.train_split, self.val_split: self.val_samples}
+        largest = max((int(s.tokens.max()) for s in splits.values() if len(s.tokens)), default=0)
+        self.remarks += check_ids(self.model.model, self.tokenizer, largest, data.data_dir)
         for name, samples in (("train", self.samples), (self.val_split, self.val_samples)):
             if int(samples.target_lengths.sum()) == 0:
                 raise UserError(
@@ -733,7 +743,7 @@ class Run:
         weights = self.device.whole_state(self.model.model)
 
         def write(directory: Path) -> None:
-            export(self.model.model, weights, self.tokenizer, directory)
+            export(self.model.model, weights, self.tokenizer, self.tokenizer_files, directory)
             (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
             (directory / checkpoint.CONFIG).write_text(to_yaml(self.config), encoding="utf-8")
             add(directory)
@@ -823,6 +833,21 @@ def _command(resume: bool = False) -> str:
         if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
             launcher += ["--nnodes", os.environ["GROUP_WORLD_SIZE"], "..."]
     return shlex.join([*launcher, *words])
+
+
+def _refuse_router_loss(name: str, config: Any) -> None:
+    """Raise a UserError if the configuration asks for a loss beside that of the answers.
+
+    transformers adds the experts' load-balancing loss as a product of means over all tokens of a
+    batch, padding and prompts included. No sum over micro-batches gives it, so with it a step's
+    gradient would depend on how the step is split.
+    """
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
+            "a load-balancing loss of the experts; it is not added here, because it depends on how "
+            "a step is split into batches. Set it to false to train on the answers alone"
+        )
 
 
 def _git_commit() -> str | None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from conftest import (
     train_config,
     write_yaml,
 )
-from test_resume import assert_same_run, dropout_model  # noqa: F401 - a fixture
+from test_resume import FAMILIES, assert_same_run, dropout_model, families  # noqa: F401
 
 # Runs the command line and kills itself, really, at the n-th of the moments that are named: the
 # calls of functions inside a checkpoint write, or the steps of the loop.
@@ -58,48 +59,53 @@ sys.exit(sft.main(sys.argv[3:]))
 """
 
 
-def crashing_config(model: Path, data: Path, run: Path) -> dict[str, Any]:
+Moment = tuple[str, int]  # "write" or "step", and which of these a process does not survive
+
+
+def crashing_config(model: Path, data: Path, run: Path, **changes: Any) -> dict[str, Any]:
     return train_config(
         model,
         data,
         run,
         trainer__checkpoint__every_n_train_steps=1,
         trainer__params__val_check_interval=4,
+        **changes,
     )
 
 
 def kill_and_resume(
-    where: str, moments: list[int], config: dict[str, Any], tmp_path: Path
-) -> tuple[int, int]:
+    moments: list[Moment], config: dict[str, Any], tmp_path: Path
+) -> tuple[Counter[str], int]:
     """Kill a process at each of `moments`, resuming in between, then let it finish.
 
-    Returns the number of kills and of resumes from an intact checkpoint.
+    Returns the number of kills of both kinds, and of resumes from an intact checkpoint.
     """
     script = tmp_path / "self_killing.py"
     script.write_text(SELF_KILLING.format(root=str(ROOT)))
     run = Path(config["trainer"]["checkpoint"]["dirpath"])
     path = write_yaml(run.with_suffix(".yaml"), config)
-    kills = resumes = 0
-    for moment in [*moments, 10**9]:
+    kills: Counter[str] = Counter()
+    resumes = 0
+    for where, number in [*moments, ("step", 10**9)]:
         resume = ["trainer.ckpt_path=last"] if checkpoint.steps(run) else []
         resumes += len(resume)
-        command = [sys.executable, str(script), str(moment), where, "train", str(path), *resume]
+        command = [sys.executable, str(script), str(number), where, "train", str(path), *resume]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if result.returncode == 0:
             break
         assert result.returncode == -signal.SIGKILL, result.stderr
-        kills += 1
+        kills[where] += 1
     assert result.returncode == 0
     assert not [p for p in run.iterdir() if p.name.startswith((".tmp", ".old"))]
     return kills, resumes
 
 
 @pytest.mark.parametrize(
-    "where, moments", [("write", [9, 25, 31]), ("step", [5, 3])], ids=["write", "step"]
+    "where, numbers", [("write", [9, 25, 31]), ("step", [5, 3])], ids=["write", "step"]
 )
 def test_a_killed_run_resumes_bitwise(
     where: str,
-    moments: list[int],
+    numbers: list[int],
     dropout_model: Path,  # noqa: F811
     data_file: Path,
     tmp_path: Path,
@@ -107,37 +113,43 @@ def test_a_killed_run_resumes_bitwise(
     whole = crashing_config(dropout_model, data_file, tmp_path / "whole")
     assert train(whole) == 0
     parts = crashing_config(dropout_model, data_file, tmp_path / "parts")
-    kills, resumes = kill_and_resume(where, moments, parts, tmp_path)
-    assert kills == len(moments) and resumes >= 1
+    kills, resumes = kill_and_resume([(where, n) for n in numbers], parts, tmp_path)
+    assert kills[where] == len(numbers) and resumes >= 1
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
 def test_killed_at_many_random_moments(
-    dropout_model: Path,  # noqa: F811
+    families: dict[str, Path],  # noqa: F811
     data_file: Path,
     tmp_path: Path,
 ) -> None:
     """At least 25 kills inside a checkpoint write and 15 elsewhere; differing bits: 0."""
-    whole = crashing_config(dropout_model, data_file, tmp_path / "whole")
-    assert train(whole) == 0
+    changes = {"model_params__from_scratch": True, "trainer__params__max_epochs": 4}
     chance = random.Random(20)
-    kills = {"write": 0, "step": 0}
-    resumes = number = 0
-    while kills["write"] < 25 or kills["step"] < 15:
-        where = "write" if kills["write"] < 25 else "step"
-        limit = 60 if where == "write" else 10
-        moments = [chance.randint(1, limit) for _ in range(6)]
-        parts = crashing_config(dropout_model, data_file, tmp_path / f"parts-{number}")
-        new, again = kill_and_resume(where, moments, parts, tmp_path)
-        kills[where] += new
-        resumes += again
-        assert_same_run(tmp_path / "whole", tmp_path / f"parts-{number}")
-        number += 1
+    total: Counter[str] = Counter()
+    for family in FAMILIES:
+        whole, parts = (
+            crashing_config(families[family], data_file, tmp_path / f"{family}-{name}", **changes)
+            for name in ("whole", "parts")
+        )
+        assert train(whole) == 0
+        moments = [("write", chance.randint(1, 60)) for _ in range(5)]
+        moments += [("step", chance.randint(1, 10)) for _ in range(3)]
+        chance.shuffle(moments)
+        kills, resumes = kill_and_resume(moments, parts, tmp_path)
+        assert_same_run(tmp_path / f"{family}-whole", tmp_path / f"{family}-parts")
+        total += kills
+        print(
+            f"\n{family}: {kills.total()} kills, {kills['write']} of them inside a checkpoint "
+            f"write, {resumes} resumes, differing bits: 0",
+            end="",
+        )
     print(
-        f"\nkill test: {sum(kills.values())} kills, {kills['write']} of them inside a checkpoint "
-        f"write, {resumes} resumes in {number} runs, differing bits: 0"
+        f"\nkill test: {total.total()} kills, {total['write']} of them inside a checkpoint write, "
+        f"in {len(FAMILIES)} families, differing bits: 0"
     )
+    assert total["write"] >= 25 and total["step"] >= 15
 
 
 def started(config: dict[str, Any], *overrides: str) -> subprocess.Popen[str]:

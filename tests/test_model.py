@@ -17,7 +17,7 @@ import model as model_module
 from config import ModelParams, UserError
 from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
-from layers import GELU, SILU, FastLinear, LinearFunction, speed_up
+from layers import GELU, SILU, FastLinear, linear, speed_up
 from model import (
     AnswerModel,
     architecture,
@@ -261,7 +261,7 @@ def test_the_gradients_of_the_faster_functions_are_right() -> None:
     x, up, weight, bias = random(2, 3, 5), random(2, 3, 5), random(4, 5), random(4)
     for kind, second in ((None, None), (GELU, None), (SILU, up)):
         inputs = (x, weight, bias, kind, second)
-        assert torch.autograd.gradcheck(LinearFunction.apply, inputs)
+        assert torch.autograd.gradcheck(linear, inputs)
 
 
 def test_an_rms_norm_of_another_formula_is_left_alone(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
 from conftest import (
     metrics_of,
@@ -74,6 +74,62 @@ def dropout_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> P
     return path
 
 
+FAMILIES = ("gpt_neo", "gpt2", "llama", "bf16", "mamba", "moe")
+
+
+def family_config(kind: str, vocab_size: int) -> Any:
+    """Sizes with which `unaligned` is true; attention and feed-forward are wide enough to show."""
+    common: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 0, "eos_token_id": 0}
+    if kind in ("gpt_neo", "gpt2"):
+        config = tiny_config(kind, vocab_size, dropout=0.2)
+        config.hidden_size = 64  # GPT-2 calls it n_embd, and knows this name as well
+        return config
+    if kind == "mamba":  # has no dropout
+        return MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=3, **common)
+    common |= {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "attention_dropout": 0.2,
+    }
+    if kind == "moe":
+        return MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **common)
+    return LlamaConfig(tie_word_embeddings=kind == "bf16", **common)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
+    """A directory for each of FAMILIES; to be used with model_params.from_scratch.
+
+    A run begins with weights that torch has made, or converted from bfloat16, and goes on with
+    weights from a file. Kernels may round differently where these lie differently in memory.
+    """
+    directories = {}
+    for kind in FAMILIES:
+        directories[kind] = tmp_path_factory.mktemp("families") / kind
+        config = family_config(kind, len(tokenizer))
+        if kind == "bf16":
+            torch.manual_seed(1)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model.save_pretrained(directories[kind])
+        else:
+            config.save_pretrained(directories[kind])
+        tokenizer.save_pretrained(directories[kind])
+    return directories
+
+
+def unaligned(directory: Path) -> bool:
+    """Whether weights begin in their file where no allocator would put them."""
+    content = (directory / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header.pop("__metadata__", None)
+    return any((8 + size + entry["data_offsets"][0]) % 16 for entry in header.values())
+
+
 SAMPLED = {
     "model_params__do_compute_metrics": True,
     "model_params__val_generate_samples": 3,
@@ -106,6 +162,30 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(
         assert train(parts) == 128 + signal.SIGTERM
     assert newest(tmp_path / "parts").name == f"step-{stop:06d}"
     assert train(parts, "trainer.ckpt_path=last") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_resumes_bitwise(
+    family: str, families: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Stopped twice: between two validations that sample, and where one of them is due."""
+    changes = SAMPLED | {
+        "model_params__from_scratch": True,
+        "trainer__params__val_check_interval": 2,
+        "trainer__params__max_steps": 8,
+    }
+    whole = train_config(families[family], data_file, tmp_path / "whole", **changes)
+    parts = train_config(families[family], data_file, tmp_path / "parts", **changes)
+    assert train(whole) == 0
+    resume: list[str] = []
+    for step in (3, 4):
+        with monkeypatch.context() as patched:
+            stop_after(step, patched)
+            assert train(parts, *resume) == 128 + signal.SIGTERM
+        resume = ["trainer.ckpt_path=last"]
+    assert train(parts, *resume) == 0
+    assert unaligned(newest(tmp_path / "parts")), "this test sees more with other sizes"
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -149,6 +229,40 @@ def test_a_signal_during_validation_or_generation_loses_nothing(
     assert not any("val_loss" in line for line in metrics_of(tmp_path / "parts"))
     assert train(parts, "trainer.ckpt_path=last") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("metric, best", [("val_loss", 2), ("val_token_f1", 1)])
+def test_the_best_score_is_remembered(
+    metric: str,
+    best: int,
+    dropout_model: Path,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """A resumed run that gets worse, and ties, must leave `best` as it is."""
+    import run as run_module
+
+    scores = iter([3.0, 1.0, 2.0, 2.0, 1.0, 3.0])
+    monkeypatch.setattr(run_module, "validate", lambda *_: ({metric: next(scores)}, []))
+    config = train_config(
+        dropout_model,
+        data_file,
+        tmp_path / "run",
+        model_params__do_compute_metrics=metric != "val_loss",
+        trainer__checkpoint__log_obg=metric,
+        trainer__checkpoint__mode="min" if metric == "val_loss" else "max",
+        trainer__params__max_epochs=1,
+        trainer__params__val_check_interval=1,
+    )
+    with monkeypatch.context() as patched:
+        stop_after(3, patched)
+        assert train(config) == 128 + signal.SIGTERM
+    assert train(config, "trainer.ckpt_path=last") == 0
+    assert next(scores, None) is None  # all of them were seen
+    assert json.loads((tmp_path / "run" / "best" / "sft.json").read_text())["global_step"] == best
+    state = torch.load(newest(tmp_path / "run") / "trainer_state.pt", weights_only=True)["state"]
+    assert state["best_step"] == best
 
 
 def test_finding_the_position_replays_no_data(

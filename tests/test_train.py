@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import (
     newest,
     record_saves,
     rows,
+    tiny_config,
     train,
     train_config,
     weights_of,
@@ -137,6 +139,54 @@ def test_the_run_equals_a_plain_loop_around_transformers(
     for name, parameter in model.named_parameters():
         # torch clips by norm + 1e-6, as we do; AdamW's rounding is what remains.
         assert torch.allclose(weights[name], parameter, rtol=1e-6, atol=1e-9), name
+
+
+def test_dropout_is_on_in_every_step_and_off_in_every_validation(
+    data_file: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """A plain loop around transformers draws the same masks; without dropout, losses differ."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(tokenizer), dropout=0.2))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {
+        "data__batch_size": 1,  # padding would draw as well
+        "model_params__weight_decay": 0.0,
+        "trainer__params__gradient_clip_val": None,
+        "trainer__params__max_steps": 6,
+        "trainer__params__num_sanity_val_steps": 0,  # it would leave dropout on behind it
+        "trainer__params__precision": "64",
+        "trainer__params__val_check_interval": 2,
+    }
+    config = train_config(tmp_path / "model", data_file, tmp_path / "run", **changes)
+    assert train(config) == 0
+    lines = steps_of(tmp_path / "run")
+    validations = {line["step"]: line["val_loss"] for line in validations_of(tmp_path / "run")}
+    assert list(validations) == [2, 4, 6]
+    run = run_of(train_config(tmp_path / "model", data_file, tmp_path / "other", **changes))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+
+    def summed_loss(item: dict[str, Any], dropout: bool) -> torch.Tensor:
+        logits = model.train(dropout)(torch.tensor([item["input_ids"]])).logits[0, :-1]
+        return F.cross_entropy(logits, torch.tensor(item["labels"][1:]), reduction="sum")
+
+    torch.manual_seed(config["seed"])
+    for step, line in enumerate(lines, start=1):
+        run.state.position = step - 1
+        i = int(run.next_rows()[0])
+        item, targets = run.samples[i], int(run.samples.target_lengths[i])
+        assert line["loss"] != pytest.approx(summed_loss(item, False).item() / targets, rel=1e-5)
+        loss = summed_loss(item, dropout=True) / targets
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-9)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = line["lr"]
+        optimizer.step()
+        if step in validations:
+            losses = [summed_loss(item, dropout=False).item() for item in run.val_samples]
+            mean = sum(losses) / int(run.val_samples.target_lengths.sum())
+            assert validations[step] == pytest.approx(mean, rel=1e-9)
 
 
 def changed(path: str, value: Any, model_dirs: Any, data_file: Path, tmp_path: Path) -> bool:
@@ -390,6 +440,42 @@ def test_metrics_on_generated_answers_select_the_best(
     assert best["global_step"] == next(li["step"] for li in lines if li["val_token_f1"] == top)
 
 
+@pytest.mark.parametrize("metric, written", [("val_loss", [2, 3]), ("val_token_f1", [2, 6])])
+def test_best_is_the_lowest_loss_or_the_highest_score(
+    metric: str,
+    written: list[int],
+    model_dirs: dict[str, Path],
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
+) -> None:
+    """Values that fall and rise; a tie keeps the earlier one, and what is no number never wins."""
+    import run as run_module
+
+    scores = iter([math.nan, 3.0, 2.0, 2.0, -math.inf, 4.0, 4.0, math.inf, 3.0])
+    monkeypatch.setattr(run_module, "validate", lambda *_: ({metric: next(scores)}, []))
+    config = train_config(
+        model_dirs["gpt2"],
+        data_file,
+        tmp_path / "run",
+        model_params__do_compute_metrics=metric == "val_token_f1",
+        trainer__checkpoint__every_n_train_steps=1,
+        trainer__checkpoint__log_obg=metric,
+        trainer__checkpoint__mode="min" if metric == "val_loss" else "max",
+        trainer__checkpoint__save_top_k=9,
+        trainer__params__max_steps=9,
+        trainer__params__val_check_interval=1,
+    )
+    names = record_saves(monkeypatch)
+    assert train(config) == 0
+    # `best` is written before the checkpoint of its step.
+    assert [int(b[5:]) for a, b in pairwise(names) if a == "best"] == written
+    best = tmp_path / "run" / "best"
+    assert json.loads((best / "sft.json").read_text())["global_step"] == written[-1]
+    weights = weights_of(tmp_path / "run" / f"step-{written[-1]:06d}")
+    assert all(torch.equal(value, weights[name]) for name, value in weights_of(best).items())
+
+
 def test_best_is_a_plain_model_directory(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
 ) -> None:
@@ -443,6 +529,7 @@ def test_on_tpu_gives_every_batch_one_shape(
         return original(self, batch)
 
     monkeypatch.setattr(AnswerModel, "forward", recording)
+    monkeypatch.setattr(AnswerModel, "check_trainable", lambda self: None)  # on the CPU, before
     losses = []
     for on_tpu in (False, True):
         config = train_config(
@@ -481,16 +568,16 @@ def test_the_cache_key_reaches_generation(
     assert used == [True, False]
 
 
-def test_a_weight_that_is_no_number_is_seen_before_the_first_step(
+def test_a_loss_that_is_no_number_is_seen_before_the_first_step(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dirs["gpt2"])
-    model.transformer.ln_f.weight.data[0] = float("nan")
+    model.transformer.ln_f.weight.data[:] = 3e38  # finite, and too large for what follows
     model.save_pretrained(tmp_path / "broken")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "broken" / name).write_bytes((model_dirs["gpt2"] / name).read_bytes())
     assert train(train_config(tmp_path / "broken", data_file, tmp_path / "run")) == 2
-    assert "the loss before the first step is nan" in capsys.readouterr().err
+    assert "the loss before the first step is" in capsys.readouterr().err
 
 
 def test_an_empty_val_split_counts_as_absent(model_dirs: dict[str, Path], tmp_path: Path) -> None:

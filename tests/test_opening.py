@@ -1,0 +1,305 @@
+"""Opening a model: what cannot be made right is refused by name, and nothing is random unseen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig
+
+import zoo
+from config import UserError
+from conftest import cli, newest, train, train_config, weights_of
+from model import AnswerModel, checkpoint_activations, context_length, load_model, load_tokenizer
+
+
+@pytest.fixture
+def llama(model_dirs: dict[str, Path], tmp_path: Path) -> Path:
+    """A Llama directory of one's own, to be damaged."""
+    return Path(shutil.copytree(model_dirs["llama"], tmp_path / "llama"))
+
+
+def rewrite(directory: Path, change: Any) -> None:
+    """Replace a directory's weights by what `change` makes of their dictionary."""
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def prefixed(prefix: str) -> Any:
+    return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def without(part: str) -> Any:
+    return lambda weights: {name: t for name, t in weights.items() if part not in name}
+
+
+def with_more(name: str) -> Any:
+    return lambda weights: weights | {name: torch.zeros(4, 4)}
+
+
+def not_a_number(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    return weights
+
+
+def smaller(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:1000]}
+
+
+DAMAGES = {
+    "a prefix of torch.compile": (prefixed("_orig_mod."), "parameters are missing", "_orig_mod."),
+    "a prefix of DDP": (prefixed("module."), "parameters are missing", "module.lm_head.weight"),
+    "a missing layer": (without("layers.2."), "9 parameters are missing", "model.layers.2."),
+    "a missing head": (without("lm_head"), "1 parameters are missing", "lm_head.weight"),
+    "one layer too many": (
+        with_more("model.layers.3.mlp.up_proj.weight"),
+        "has no place for, some of them in its own blocks",
+        "model.layers.3.mlp.up_proj.weight",
+    ),
+    "an adapter that was not merged": (
+        with_more("model.layers.0.self_attn.q_proj.lora_A.weight"),
+        "has no place for, some of them in its own blocks",
+        "lora_A",
+    ),
+    "another vocabulary": (smaller, "1 of other shapes", "found [1000, 32]; config.json wants ["),
+    "a number that is none": (
+        not_a_number,
+        "1 numbers that are not finite",
+        "layers.1.mlp.up_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_weights_of_another_model_are_refused_by_every_command(
+    damage: str, llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    change, message, name = DAMAGES[damage]
+    rewrite(llama, change)
+    config = train_config(llama, data_file, tmp_path / "run")
+    path = tmp_path / "run.yaml"
+    testing = tmp_path / "test.yaml"
+    testing.write_text(
+        f"data: {{data_dir: {data_file}}}\nmodel_name: {llama}\n"
+        f"test_params: {{log_file: {tmp_path / 'log.jsonl'}}}\n"
+    )
+    assert train(config) == 2
+    for command in (("check", path), ("test", testing), ("ask", llama, "Why?")):
+        said = capsys.readouterr().err
+        assert message in said and name in said and "Traceback" not in said, said
+        assert cli(*command) == 2
+    said = capsys.readouterr().err
+    assert message in said and name in said
+
+
+def test_a_head_for_another_task_is_left_over_and_said(llama: Path) -> None:
+    rewrite(llama, with_more("score.weight"))
+    _, remarks = load_model(str(llama))
+    assert remarks == ["not used: 1 tensors that a causal LM has no place for (score.weight)"]
+
+
+def test_a_tied_head_is_not_missing(model_dirs: dict[str, Path]) -> None:
+    assert "lm_head.weight" not in weights_of(model_dirs["qwen2"])
+    model, remarks = load_model(str(model_dirs["qwen2"]))
+    assert remarks == [] and model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_every_parameter_lies_where_a_new_one_would(llama: Path) -> None:
+    """A header of another length moves all tensors in the file to odd places."""
+    rewrite(llama, lambda weights: weights | {"score.weight": torch.zeros(3, dtype=torch.uint8)})
+    model, _ = load_model(str(llama))
+    assert all(p.data_ptr() % 64 == 0 for p in model.parameters())
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "data"])
+def test_a_git_lfs_pointer_is_called_that(
+    file: str, llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    place = data_file if file == "data" else llama / file
+    place.write_text(POINTER)
+    assert train(train_config(llama, data_file, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert f"{place}: a Git LFS pointer" in said and "git lfs pull" in said
+
+
+def test_a_damaged_checkpoint_is_refused_as_a_base(
+    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    config = train_config(model_dirs["llama"], data_file, tmp_path / "first")
+    assert train(config) == 0
+    base = tmp_path / "first" / "best"
+    assert train(train_config(base, data_file, tmp_path / "second")) == 0
+    config_file = base / "config.json"
+    config_file.write_text(config_file.read_text().replace("1e-06", "1e-05"))
+    capsys.readouterr()
+    assert train(train_config(base, data_file, tmp_path / "third")) == 2
+    assert "damaged: the contents of config.json have changed" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------- kinds of models
+
+
+def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "vocab_size": 50, "max_position_embeddings": 32}
+    layers = {f"{side}_layers": 1 for side in ("encoder", "decoder")}
+    heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    widths = {f"{side}_ffn_dim": 16 for side in ("encoder", "decoder")}
+    config = BartConfig(**sizes, **layers, **heads, **widths)
+    BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bart is an encoder-decoder model"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["", "small weights"])
+def test_a_model_that_sees_its_answers_is_refused(tmp_path: Path, small: bool) -> None:
+    """Also if its weights are so small that it hardly shows."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+    config = BertConfig(**sizes, num_attention_heads=2, is_decoder=False)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1e-6 if small else 1)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="this bert is no causal language model"):
+        AnswerModel(load_model(str(tmp_path))[0])
+
+
+def test_what_transformers_cannot_train_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    if "reformer" not in zoo.available():
+        pytest.skip("this transformers has no Reformer")
+    zoo.build("reformer", len(tokenizer)).save_pretrained(tmp_path)
+    model = AnswerModel(load_model(str(tmp_path))[0])
+    with pytest.raises(UserError, match="reformer cannot be trained: If training, sequence length"):
+        model.check_trainable()
+
+
+@pytest.mark.parametrize("kind", ["ctrl", "openai-gpt"])
+def test_gradient_checkpointing_is_refused_where_there_is_none(
+    kind: str, tokenizer: Any, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    zoo.build(kind, len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = train_config(
+        tmp_path / "model",
+        data_file,
+        tmp_path / "run",
+        trainer__params__gradient_checkpointing=True,
+    )
+    assert train(config) == 2
+    assert f"gradient_checkpointing: found true; {kind} cannot do it" in capsys.readouterr().err
+    with pytest.raises(UserError):
+        checkpoint_activations(zoo.build(kind, len(tokenizer)))
+
+
+def test_a_router_loss_is_refused(
+    tokenizer: Any, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    model = zoo.build("mixtral", len(tokenizer))
+    model.config.output_router_logits = True
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = train_config(tmp_path / "model", data_file, tmp_path / "run")
+    assert train(config) == 2
+    assert "output_router_logits is true in its config.json" in capsys.readouterr().err
+    model.config.output_router_logits = False
+    model.save_pretrained(tmp_path / "model")
+    assert train(config) == 0
+
+
+# ---------------------------------------------------------------- positions and vocabularies
+
+
+@pytest.mark.parametrize(
+    "kind, context", [("roberta", zoo.CONTEXT), ("xlm-roberta", zoo.CONTEXT), ("llama", 128)]
+)
+def test_a_text_as_long_as_the_context_fits_and_one_more_does_not(
+    kind: str, context: int, tokenizer: Any
+) -> None:
+    model = zoo.build(kind, len(tokenizer))
+    found = context_length(model)
+    assert found is not None and found <= context + 2
+    ids = torch.full((1, found), 9)
+    assert model(ids).logits.shape[1] == found
+    if kind != "llama":  # whose rotations have no last position
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, found + 1), 9))
+
+
+def test_a_limit_of_minus_one_is_none(tokenizer: Any) -> None:
+    model = zoo.build("llama", len(tokenizer))
+    model.config.max_position_embeddings = -1  # as XLNet has it
+    assert context_length(model) is None
+
+
+def with_a_token(directory: Path, token: str) -> None:
+    made = load_tokenizer(str(directory))
+    made.add_special_tokens({"additional_special_tokens": [token]})
+    made.save_pretrained(directory)
+
+
+def test_a_token_without_an_embedding_matters_only_if_a_text_gives_it(
+    llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As with gemma-3-1b, or a Llama 2 with an added padding token."""
+    with_a_token(llama, "<image>")
+    config = train_config(llama, data_file, tmp_path / "run")
+    path = tmp_path / "run.yaml"
+    assert train(config) == 0
+    capsys.readouterr()
+    assert cli("check", path, "trainer.checkpoint.dirpath=" + str(tmp_path / "other")) == 0
+    assert "no text here gives one of the others" in capsys.readouterr().out
+    template = "<image>{question}:"
+    config = train_config(llama, data_file, tmp_path / "new", data__prompt_template=template)
+    assert train(config) == 2
+    said = capsys.readouterr().err
+    assert "token '<image>' has the id" in said and "the model has embeddings for" in said
+
+
+# ------------------------------------------------------------------------------- what is shipped
+
+
+def test_what_is_shipped_ends_as_it_was_trained_to(
+    llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """The base ends with another token, and a third one; `generate` must stop at ours."""
+    tokenizer = load_tokenizer(str(llama))
+    other, third = tokenizer.convert_tokens_to_ids(["'", "("])
+    for before, after in ((other, [0, other]), ([other, third], [0, other, third]), (0, 0)):
+        for name in ("config.json", "generation_config.json"):
+            content = json.loads((llama / name).read_text()) | {"eos_token_id": before}
+            (llama / name).write_text(json.dumps(content))
+        run = tmp_path / f"run-{before}"
+        assert train(train_config(llama, data_file, run)) == 0
+        for place in (run / "best", newest(run)):
+            assert (
+                json.loads((place / "generation_config.json").read_text())["eos_token_id"] == after
+            )
+    model = AutoModelForCausalLM.from_pretrained(run / "best")
+    assert model.generation_config.eos_token_id == 0
+
+
+def test_the_tokenizers_files_are_shipped_unchanged(
+    llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """transformers would write its own class name, which transformers 4 and llama.cpp lack."""
+    file = llama / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    file.write_text(json.dumps(settings, indent=3))
+    (llama / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    names = [p.name for p in llama.iterdir() if "token" in p.name or "template" in p.name]
+    assert len(names) >= 3
+    config = train_config(llama, data_file, tmp_path / "run", trainer__params__max_epochs=1)
+    assert train(config) == 0
+    resumed = ["trainer.ckpt_path=last", "trainer.params.max_epochs=2"]
+    assert train(config, *resumed) == 0
+    for place in (tmp_path / "run" / "best", newest(tmp_path / "run")):
+        for name in names:
+            assert (place / name).read_bytes() == (llama / name).read_bytes(), name
