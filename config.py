@@ -194,7 +194,7 @@ class GenerateParams(Section):
     suppress_tokens: list[Count] | None = free(None, "token ids never to generate")
     begin_suppress_tokens: list[Count] | None = free(None, "token ids not to begin an answer with")
     eos_token_id: Count | Annotated[list[Count], Field(min_length=1)] | None = free(
-        None, "what ends an answer; null: the tokenizer's EOS"
+        None, "what ends an answer; null: the tokenizer's EOS and what generation_config.json names"
     )
 
 
@@ -237,8 +237,10 @@ class ModelParams(Section):
     do_freeze: bool = key(False, "turns the `freeze_*` keys on")
     freeze_emb: bool = key(False, "token and position embeddings stay fixed")
     freeze_ln: bool = key(False, "every norm stays fixed, the final one included")
-    freeze_attn: bool = key(False, "attention stays fixed")
-    freeze_ff: bool = key(False, "feed-forward stays fixed")
+    freeze_attn: bool = key(
+        False, "attention stays fixed, and the recurrent mixer that a block has in its place"
+    )
+    freeze_ff: bool = key(False, "feed-forward, experts and routers stay fixed")
     freeze_other: bool = key(False, "everything else stays fixed")
     layers_not_to_freeze: list[Annotated[int, Field(ge=-LARGEST, le=LARGEST)]] = key(
         [], "indices of blocks that stay trainable; negative counts from the top"
@@ -362,7 +364,9 @@ class TestData(Section):
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"
     )
-    padding_side: Literal["left", "right"] = key("left", "changes no answer")
+    padding_side: Literal["left", "right"] = key(
+        "left", "changes no answer; where padding in front would change one, it stands behind"
+    )
     split: str = key("test", "which split to answer")
     truncate_promt: bool = key(True, "shorten the question of a prompt that is too long")
     prompt_template: Annotated[str, AfterValidator(_template)] | None = key(
