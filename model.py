@@ -182,6 +182,12 @@ def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> l
         other = ""
         if unexpected:
             other = f"\n  and {len(unexpected)} that it has no place for:\n{_some(unexpected)}"
+            wrapper = unexpected[0].removesuffix(missing[0])
+            if unexpected[0] == wrapper + missing[0]:
+                other += (
+                    f"\n  every name begins with {wrapper!r}, as torch.compile and DDP write it;"
+                )
+                other += " save the model that is inside of them"
         raise UserError(f"{place}: {len(missing)} parameters are missing\n{_some(missing)}{other}")
     # A head for another task may be left over; another block, or a bias that a block lacks, means
     # that config.json is about another model.

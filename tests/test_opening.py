@@ -52,7 +52,11 @@ def smaller(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 DAMAGES = {
-    "a prefix of torch.compile": (prefixed("_orig_mod."), "parameters are missing", "_orig_mod."),
+    "a prefix of torch.compile": (
+        prefixed("_orig_mod."),
+        "parameters are missing",
+        "every name begins with '_orig_mod.'",
+    ),
     "a prefix of DDP": (prefixed("module."), "parameters are missing", "module.lm_head.weight"),
     "a missing layer": (without("layers.2."), "9 parameters are missing", "model.layers.2."),
     "a missing head": (without("lm_head"), "1 parameters are missing", "lm_head.weight"),
