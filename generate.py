@@ -44,7 +44,8 @@ from transformers.cache_utils import DynamicLayer
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
 from device import Device
-from model import AnswerModel, generation_settings
+from model import AnswerModel
+from probe import generation_settings, plain_cache
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
 PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
@@ -109,7 +110,7 @@ class _SlotCache:
         if self.cache is None:
             # Rows are shifted back to the left once in so many tokens.
             capacity = max(self.room, width) + SHIFT_EVERY
-            self.cache = DynamicCache()
+            self.cache = plain_cache()
             self.cache.layers = []
             for layer in filled.layers:
                 shape = (self.batch_size, layer.keys.shape[1], capacity)
@@ -286,7 +287,7 @@ def generate(
                 chosen = _next(active, logits)
             elif entered:
                 # The rows that are already there wait for the prefill; they go on just after it.
-                filled = DynamicCache()
+                filled = plain_cache()
                 logits = _whole(model, entered, device, padding_side, pad_to, filled)
                 lengths = np.array([len(row.prompt.input_ids) for row in entered])
                 cache.add(filled, lengths, padding_side)
@@ -364,6 +365,7 @@ def _by_transformers(
                 plain.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
+                    generation_config=settings,
                     logits_processor=LogitsProcessorList([group.choose]),
                     stopping_criteria=StoppingCriteriaList([group.done]),
                 )

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
@@ -25,8 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -57,14 +54,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 SHOWN_KEYS = 4
-# What configs call a factor on the logits (some multiply by it, some divide) and a soft cap.
-LOGIT_FACTORS = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_mup_width_multiplier",
-    "dim_model_base",  # MiniCPM's is this over the hidden size
-)
+# What configs call a soft cap on the logits.
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -81,7 +71,9 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
-        raise UserError(f"{_place(name)}: no tokenizer could be loaded: {_reason(error)}") from None
+        raise UserError(
+            f"{_place(name)}: no tokenizer could be loaded: {probe.first_line(error)}"
+        ) from None
 
 
 def load_model(
@@ -123,7 +115,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {_reason(error)}") from None
+        raise UserError(f"{_place(name)}: cannot be loaded: {probe.first_line(error)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
@@ -149,7 +141,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {_reason(error)}") from None
+        raise UserError(f"{_place(name)}: cannot be loaded: {probe.first_line(error)}") from None
     _own_memory(model)
     speed_up(model)
     return model, remarks
@@ -233,11 +225,6 @@ def _own_memory(model: PreTrainedModel) -> None:
 def _place(name: str) -> str:
     absent = " (not a local directory, as a run's is once it has trained; so taken as a hub id)"
     return f"model_name: {name}" + ("" if Path(name).exists() else absent)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -337,16 +324,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-@contextmanager
-def generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """These settings inside, in place of the model's own, of which `generate` would add some."""
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 class AnswerModel(nn.Module):
     """A causal LM as a function from a batch to its summed answer loss.
 
@@ -378,6 +355,9 @@ class AnswerModel(nn.Module):
         caps = (getattr(text, name, None) for name in SOFT_CAPS)
         self.softcap: float | None = next(filter(None, caps), None)
         self.factor = 1.0
+        # GPT-Neo's windows are those of our own attention, which knows where a sample begins.
+        ours = any(isinstance(module, SdpaGPTNeoAttention) for module in model.modules())
+        self.sees_everything = ours or probe.sees_everything(text)
         # ALiBi models and OPT find positions from the mask.
         self.takes_positions = probe.argument(model, "position_ids") is not None
         # The name of the KV cache is that of transformers 5.24; before, it was the second one.
@@ -386,151 +366,23 @@ class AnswerModel(nn.Module):
         self.makes_masks = False
         self.split = self.packs = self.pads_left = False
         with torch.no_grad(), evaluating(model), probe.random_weights(model):
-            self._check_causal()
-            self.split = probe.succeeds(self._splits)
-            self.packs = self.split and probe.succeeds(self._packs)
-            self.pads_left = probe.succeeds(lambda: self._pads_left(cached=False))
-            slots = self.pads_left and probe.succeeds(lambda: self._pads_left(cached=True))
-            self.cache = "slots" if slots else self._own_cache()
+            probe.check_causal(self)
+            factor = probe.logit_factor(self)
+            if factor is not None:
+                self.split, self.factor = True, factor
+            self.packs = self.split and probe.succeeds(probe.packs, self)
+            self.pads_left = probe.succeeds(probe.pads_left, self)
+            slots = self.pads_left and probe.succeeds(probe.takes_slots, self)
+            self.cache = "slots" if slots else probe.own_cache(self)
 
-    # ------------------------------------------------------------------ what it can do
-
-    def _ids(self, *lengths: int, seed: int = 0) -> list[Tensor]:
-        device = next(self.model.parameters()).device
-        size = self.model.get_input_embeddings().num_embeddings
-        return [ids.to(device) for ids in probe.ids_of(*lengths, vocab_size=size, seed=seed)]
-
-    def _logits(self, input_ids: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """The model's own forward pass: [B, T] -> [B, T, V]."""
         return self.model(input_ids, use_cache=False).logits
 
-    def _check_causal(self) -> None:
-        """Raise a UserError if later tokens change what comes before them."""
-        kind = self.model.config.model_type
-        (ids,) = self._ids(29)
-        try:
-            whole = self._logits(ids)
-            alone = [self._logits(ids[:, :n]) for n in (9, 12, 20)]
-        except probe.FAILURES as error:
-            if probe.out_of_memory(error):
-                raise
-            raise UserError(
-                f"model_name: {kind} cannot be run on text alone: {_reason(error)}"
-            ) from None
-        if not all(probe.close(whole[:, : part.shape[1]], part) for part in alone):
-            raise UserError(
-                f"model_name: this {kind} is no causal language model: tokens change the outputs "
-                "of the tokens before them, so it sees the answer that it is to predict (of BERT "
-                "and its kin, is_decoder: true in config.json makes one)"
-            )
-
-    def _splits(self) -> bool:
-        """Whether logits are head(backbone(x)), but for a known factor and the soft cap."""
-        if not is_plain(self.model.get_output_embeddings()):
-            return False
-        (ids,) = self._ids(9)
-        text = self.model.config.get_text_config()
-        named = [getattr(text, name, None) for name in LOGIT_FACTORS]
-        factors = [factor for v in named if v for factor in (v, 1 / v, v / text.hidden_size)]
-        whole, hidden = self._logits(ids), self._backbone(ids)[0]
-        for factor in (1.0, *factors):
-            self.factor = factor
-            if probe.close(self._head(hidden), whole):
-                return True
-        return False
-
-    def _packs(self) -> bool:
-        """Whether samples in one row are to each other as if they were not there."""
-        # GPT-Neo's windows are those of our own attention, which knows where a sample begins.
-        ours = any(isinstance(module, SdpaGPTNeoAttention) for module in self.model.modules())
-        sees_all = ours or probe.sees_everything(self.model.config.get_text_config())
-        if not self.takes_positions or not sees_all:
-            return False
-        parts, others = self._ids(7, 5, 11), self._ids(7, 5, 11, seed=1)
-        lengths = [part.shape[1] for part in parts]
-        alone = [self._backbone(part)[0] for part in parts]
-        packed = self._backbone(torch.cat(parts, dim=1), lengths)[0]
-        # Another first sample must not change the others by a bit.
-        changed = self._backbone(torch.cat([others[0], *parts[1:]], dim=1), lengths)[0]
-        same = torch.equal(packed[:, lengths[0] :], changed[:, lengths[0] :])
-        return same and probe.close(packed, torch.cat(alone, dim=1))
-
-    def _pads_left(self, cached: bool) -> bool:
-        """Whether rows with padding in front get the logits that they get alone.
-
-        cached: after two more tokens, with keys and values of the rows before in a plain cache.
-        """
-        if cached and self.cache_name is None:
-            return False
-        short, long = self._ids(6, 13)
-        width, new = long.shape[1], 2 if cached else 0
-        rows = torch.cat([F.pad(short, (width - short.shape[1], 0)), long])
-        mask = torch.ones_like(rows)
-        mask[0, : width - short.shape[1]] = 0
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        more = torch.cat(self._ids(new, new, seed=2)) if new else rows[:, :0]
-        alone = [
-            self._logits(torch.cat([ids[None], extra[None]], dim=1))[:, -1]
-            for ids, extra in zip((short[0], long[0]), more)
-        ]
-        cache = DynamicCache() if cached else None
-        last = torch.full((2,), width - 1, device=rows.device)
-        found = self.next_logits(rows, last, cache, mask, positions)
-        for i in range(new):
-            mask = F.pad(mask, (0, 1), value=1)
-            positions = positions[:, -1:] + 1
-            token = more[:, i : i + 1]
-            found = self.next_logits(token, torch.zeros_like(last), cache, mask, positions)
-        return probe.close(found, torch.cat(alone))
-
-    def _own_cache(self) -> str:
-        """How far transformers' `generate` can be used: "groups", "single" or "none"."""
-        rows = torch.cat(self._ids(9, 9))
-        settings = GenerationConfig(max_new_tokens=3, pad_token_id=0)
-
-        def generated(ids: Tensor) -> Tensor:
-            with generation_settings(self.model, settings):
-                return self.model.generate(ids, attention_mask=torch.ones_like(ids))
-
-        expected = rows
-        for _ in range(3):  # what the model that is trained here says, one token after the other
-            chosen = [self._logits(row[None])[:, -1].argmax(-1) for row in expected]
-            expected = torch.cat([expected, torch.stack(chosen)], dim=1)
-
-        def each() -> bool:
-            return torch.equal(torch.cat([generated(row[None]) for row in rows]), expected)
-
-        if not probe.succeeds(each):
-            return "none"
-        together = probe.succeeds(lambda: torch.equal(generated(rows), expected))
-        return "groups" if together else "single"
-
-    def check_trainable(self) -> None:
-        """Raise a UserError for a model that transformers can run, but not train.
-
-        One sample of an odd length goes forward and back, with dropout as in training.
-        """
-        (ids,) = self._ids(11)
-        first = next(p for p in self.model.parameters() if p.requires_grad)
-        positions = torch.arange(4, 10, device=ids.device)
-        batch = Batch(ids, positions, ids[0, 5:], np.zeros(1, dtype=np.int64))
-        training = self.model.training
-        try:
-            with torch.random.fork_rng(devices=[]):
-                self.model.train()
-                torch.autograd.grad(self(batch), first, allow_unused=True)
-        except probe.FAILURES as error:
-            if probe.out_of_memory(error):
-                raise
-            kind = self.model.config.model_type
-            raise UserError(f"model_name: {kind} cannot be trained: {_reason(error)}") from None
-        finally:
-            self.model.train(training)
-
-    # ------------------------------------------------------------------ running it
-
-    def _backbone(
+    def hidden_states(
         self, input_ids: Tensor, lengths: list[int] | None = None, cache: Any = None, **kwargs: Any
-    ) -> Any:
+    ) -> Tensor:
+        """What the output head gets, [B, T, C]; lengths: of the samples in a packed row."""
         if lengths is not None:
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
             kwargs["position_ids"] = positions.to(input_ids.device)
@@ -539,12 +391,17 @@ class AnswerModel(nn.Module):
             kwargs["attention_mask"] = whole_mask(input_ids, kwargs.get("attention_mask"))
         if cache is not None and self.cache_name is not None:
             kwargs[self.cache_name] = cache
-        return self.backbone(input_ids, use_cache=cache is not None, **kwargs)
+        return self.backbone(input_ids, use_cache=cache is not None, **kwargs)[0]
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head_is_plain(self) -> bool:
+        return is_plain(self.model.get_output_embeddings())
+
+    def head(self, hidden: Tensor, factor: float | None = None) -> Tensor:
+        """[..., C] -> logits [..., V], with the scaling and the soft cap of the model."""
+        factor = self.factor if factor is None else factor
         logits = self.model.get_output_embeddings()(hidden)
-        if self.factor != 1.0:
-            logits = logits * self.factor
+        if factor != 1.0:
+            logits = logits * factor
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
@@ -552,21 +409,21 @@ class AnswerModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Sum over the batch's targets of -log p(target), float scalar."""
         if not self.split:
-            logits = self._logits(batch.input_ids).flatten(0, 1)
+            logits = self.logits(batch.input_ids).flatten(0, 1)
             chosen = logits.index_select(0, batch.target_positions)
             return _cross_entropy(chosen, batch.target_ids)
         if self.prefix_cache is not None:
             self.prefix_cache.current = batch.prefix
         try:
-            hidden = self._backbone(batch.input_ids, batch.lengths)[0].flatten(0, 1)
+            hidden = self.hidden_states(batch.input_ids, batch.lengths).flatten(0, 1)
         finally:
             if self.prefix_cache is not None:
                 self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
-        head = self.model.get_output_embeddings()
-        if not is_plain(head):  # an adapter around it, say: the same chunks, through the module
+        if not self.head_is_plain():  # an adapter, say: the same chunks, through the module
             return self._loss_by_chunks(hidden, batch.target_ids)
-        weight, bias = head.weight, getattr(head, "bias", None)
+        head = self.model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function would not know and compute gradients
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         scaling = (self.factor, self.softcap)
@@ -576,7 +433,7 @@ class AnswerModel(nn.Module):
         """The same loss for any head; a chunk's logits are computed again in the backward pass."""
 
         def loss_of(chunk: Tensor, ids: Tensor) -> Tensor:
-            return _cross_entropy(self._head(chunk), ids)
+            return _cross_entropy(self.head(chunk), ids)
 
         rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
         parts = zip(hidden.split(rows), target_ids.split(rows))
@@ -588,11 +445,11 @@ class AnswerModel(nn.Module):
         """-log p of each target, float [M]; what `forward` sums."""
         rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
         if self.split:
-            hidden = self._backbone(batch.input_ids)[0].flatten(0, 1)
+            hidden = self.hidden_states(batch.input_ids).flatten(0, 1)
             chunks = hidden.index_select(0, batch.target_positions).split(rows)
-            logits = (self._head(chunk) for chunk in chunks)
+            logits = (self.head(chunk) for chunk in chunks)
         else:
-            whole = self._logits(batch.input_ids).flatten(0, 1)
+            whole = self.logits(batch.input_ids).flatten(0, 1)
             logits = iter(whole.index_select(0, batch.target_positions).split(rows))
         losses = [
             _cross_entropy(scores, ids, reduction="none")
@@ -622,9 +479,8 @@ class AnswerModel(nn.Module):
         if position_ids is not None and self.takes_positions:
             kwargs["position_ids"] = position_ids
         if self.split:
-            return self._head(
-                self._backbone(input_ids, None, cache, **kwargs)[0][rows, last]
-            ).float()
+            hidden = self.hidden_states(input_ids, None, cache, **kwargs)
+            return self.head(hidden[rows, last]).float()
         if cache is not None and self.cache_name is not None:
             kwargs[self.cache_name] = cache
         logits = self.model(input_ids, use_cache=cache is not None, **kwargs).logits

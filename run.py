@@ -58,6 +58,7 @@ from model import (
     tokenizer_files,
     warmup_steps,
 )
+from probe import check_trainable
 from track import CURVES, METRICS, Console, Curves, Metrics, WandbWriter, duration, visible
 
 PACKAGES = (
@@ -260,7 +261,7 @@ class Run:
         if self.params.gradient_checkpointing:
             checkpoint_activations(model)
         self.model = AnswerModel(model)
-        self.model.check_trainable()
+        check_trainable(self.model)
         # A compiled model would be compiled anew for each list of lengths.
         self.model.packs &= self.device.packs and not self.params.compile and self.shape is None
         if self.params.compile:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import layers
 import model as model_module
+import probe
 import zoo
 from config import GenerateParams
 from conftest import rows
@@ -284,7 +285,7 @@ def test_trying_a_model_out_leaves_it_as_it_was() -> None:
     generator = torch.get_rng_state()
     layers.speed_up(plain)
     model = AnswerModel(plain)
-    model.check_trainable()
+    probe.check_trainable(model)
     assert torch.equal(torch.get_rng_state(), generator)
     for name, p in plain.named_parameters():
         assert p is before[name][0] and torch.equal(p, before[name][1]) and p.grad is None

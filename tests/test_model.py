@@ -177,7 +177,7 @@ def test_a_packed_row_keeps_its_samples_apart(model_dirs: dict[str, Path], token
     changed = collate(samples, np.array([2, 5, 1]), packed=True)
     changed.input_ids[0, : whole.lengths[0]] = 7
     with torch.no_grad():
-        a, b = (model._backbone(c.input_ids, c.lengths)[0] for c in (whole, changed))
+        a, b = (model.hidden_states(c.input_ids, c.lengths) for c in (whole, changed))
     assert torch.equal(a[0, whole.lengths[0] :], b[0, whole.lengths[0] :])
     assert not torch.equal(a[0, : whole.lengths[0]], b[0, : whole.lengths[0]])
 

@@ -21,7 +21,7 @@ from conftest import (
     train_config,
 )
 from data import epoch_order
-from model import AnswerModel, load_model, load_tokenizer
+from model import load_model, load_tokenizer
 from test_resume import assert_same_run, stop_after
 
 LOWER_HALF = {
@@ -69,7 +69,7 @@ def test_the_prefix_really_does_not_run_again(
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT2Block, "forward", counting)
-    monkeypatch.setattr(AnswerModel, "check_trainable", lambda self: None)
+    monkeypatch.setattr("run.check_trainable", lambda model: None)
     counts = []
     for where in (None, "memory"):
         calls[0] = 0
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_recomputes(
         return original(self, x)
 
     monkeypatch.setattr(FusedGatedMLP, "forward", counting)
-    monkeypatch.setattr(AnswerModel, "check_trainable", lambda self: None)
+    monkeypatch.setattr("run.check_trainable", lambda model: None)
     config = train_config(
         model_dirs["llama"],
         data_file,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import freeze
+import probe
 import zoo
 from config import GenerateParams, UserError
 from conftest import rows
@@ -110,7 +111,7 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     try:
         plain, _ = load_model(str(directory))
         model = AnswerModel(plain)
-        model.check_trainable()
+        probe.check_trainable(model)
     except UserError as error:
         return f"{name:<24} refused: {error}"
     theirs = AutoModelForCausalLM.from_pretrained(directory)
