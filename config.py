@@ -26,6 +26,12 @@ class UserError(Exception):
     """Something that the user can put right. `sft.py` prints it alone and exits with code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 DEFAULT_TEMPLATE = "Question: {question} \nAnswer:"
 
 # The original names are the names; these spellings are understood as well.

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 
 import checkpoint
-import metrics
-import report
 from config import (
     DEFAULT_TEMPLATE,
     TestConfig,
@@ -37,7 +35,10 @@ from data import (
     prepare_inference,
 )
 from device import Device, open_device
-from generate import Answer, check_token_ids, generate
+from extras import metrics, report
+from extras.console import Console, duration
+from extras.generation import Answer, check_token_ids, generate
+from extras.wandb_log import WandbWriter
 from model import (
     AnswerModel,
     check_ids,
@@ -48,7 +49,6 @@ from model import (
     load_tokenizer,
     parameters_in,
 )
-from track import Console, WandbWriter, duration
 
 # ---------------------------------------------------------------------------------- validation
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -28,10 +28,13 @@ from transformers import (
 )
 
 import freeze
-import probe
-from config import ModelParams, UserError
+from config import ModelParams, UserError, first_line
 from data import IGNORE, Batch, refuse_lfs_pointer
-from layers import SdpaGPTNeoAttention, is_plain, packed_mask, product, speed_up, whole_mask
+from extras import probe
+from extras.speed import SdpaGPTNeoAttention, is_plain, packed_mask, product, speed_up, whole_mask
+
+if TYPE_CHECKING:
+    from extras.frozen_prefix import PrefixCache
 
 # Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
 # the largest buffer that device._set_allocator can keep).
@@ -72,7 +75,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(
-            f"{_place(name)}: no tokenizer could be loaded: {probe.first_line(error)}"
+            f"{_place(name)}: no tokenizer could be loaded: {first_line(error)}"
         ) from None
 
 
@@ -115,7 +118,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {probe.first_line(error)}") from None
+        raise UserError(f"{_place(name)}: cannot be loaded: {first_line(error)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
@@ -141,7 +144,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {probe.first_line(error)}") from None
+        raise UserError(f"{_place(name)}: cannot be loaded: {first_line(error)}") from None
     _own_memory(model)
     speed_up(model)
     return model, remarks
@@ -327,8 +330,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class AnswerModel(nn.Module):
     """A causal LM as a function from a batch to its summed answer loss.
 
-    What the model can do is tried out when it is opened, with random weights (see probe.py). Where
-    a trial fails, the plain, slower path is taken.
+    What the model can do is tried out when it is opened, with random weights (extras/probe.py).
+    Where a trial fails, the plain, slower path is taken.
 
     Attributes:
         split: the output head may be run on target positions only. transformers' models compute
@@ -350,7 +353,7 @@ class AnswerModel(nn.Module):
         # Llama 4's prefix is that of its multimodal form, so there the base is the model itself.
         base = model.base_model
         self.backbone: nn.Module = getattr(model, "model", base) if base is model else base
-        self.prefix_cache: freeze.PrefixCache | None = None
+        self.prefix_cache: PrefixCache | None = None
         text = model.config.get_text_config()
         caps = (getattr(text, name, None) for name in SOFT_CAPS)
         self.softcap: float | None = next(filter(None, caps), None)

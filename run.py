@@ -41,7 +41,11 @@ from data import (
 )
 from device import StepResult, open_device
 from evaluate import summed_loss, validate
-from generate import check_token_ids
+from extras.console import METRICS, Console, Metrics, duration, visible
+from extras.generation import check_token_ids
+from extras.plot import CURVES, Curves
+from extras.probe import check_trainable
+from extras.wandb_log import WandbWriter
 from model import (
     AnswerModel,
     architecture,
@@ -58,8 +62,6 @@ from model import (
     tokenizer_files,
     warmup_steps,
 )
-from probe import check_trainable
-from track import CURVES, METRICS, Console, Curves, Metrics, WandbWriter, duration, visible
 
 PACKAGES = (
     "torch transformers tokenizers safetensors numpy pydantic pyyaml nltk rouge-score wandb tqdm "
@@ -341,7 +343,9 @@ class Run:
             return
         probe = self.device.move(torch.from_numpy(self.samples.ids(0)[0].astype(np.int64))[None])
         generators = self.device.rng_state()
-        cache = freeze.PrefixCache(self.model.model, probe)
+        from extras.frozen_prefix import PrefixCache
+
+        cache = PrefixCache(self.model.model, probe)
         self.device.set_rng_state(generators)
         began = time.monotonic()
         cache.fill(self.samples, self.device, self.directory if where == "disk" else None)

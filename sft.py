@@ -182,11 +182,11 @@ def complain(message: str) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the process's exit code."""
     if arguments.command == "ask":
-        from ask import ask
+        from extras.ask import ask
 
         return ask(arguments.model, arguments.question)
     if arguments.command == "plot":
-        from track import plot
+        from extras.plot import plot
 
         print(plot([Path(run) for run in arguments.runs], arguments.output))
         return 0
@@ -200,7 +200,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     training = load(TrainConfig, arguments.config, arguments.overrides)
     if arguments.command == "train":
         return train(training, Stop(), arguments.quiet)
-    from check import check
+    from extras.check import check
 
     return check(training)
 

@@ -36,7 +36,7 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     from config import GenerateParams
     from data import DataSource, Encoder, pad_prompts, prepare_inference
     from device import Device
-    from generate import generate
+    from extras.generation import generate
     from model import AnswerModel, load_model, load_tokenizer, quiet_libraries
 
     quiet_libraries()

@@ -30,7 +30,7 @@ from transformers import (
 
 import checkpoint
 import sft
-import track
+from extras.plot import Curves
 
 torch.set_num_threads(1)
 
@@ -84,7 +84,7 @@ def _separate_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any) 
 def _no_curves(request: pytest.FixtureRequest, monkeypatch: Any) -> None:
     """Drawing costs 0.15 s a run, more than most of these runs; test_track.py looks at it."""
     if request.path.name != "test_track.py":
-        monkeypatch.setattr(track.Curves, "draw", lambda *_, **__: None)
+        monkeypatch.setattr(Curves, "draw", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

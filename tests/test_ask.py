@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from ask import answer
 from config import GenerateParams
 from conftest import ROOT, cli, process, rows, train, train_config
 from data import Encoder, Prompt
 from device import Device
-from generate import generate
+from extras.ask import answer
+from extras.generation import generate
 from model import AnswerModel, load_model
 
 ASK = [sys.executable, str(ROOT / "sft.py"), "ask"]
@@ -65,8 +65,8 @@ def test_the_streamed_text_is_the_engines_answer_in_pieces(
 def test_a_character_of_several_tokens_is_shown_whole(
     run: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    import ask
-    from generate import Answer
+    from extras import ask
+    from extras.generation import Answer
 
     tokens = tokenizer(" né 東京 🙂", add_special_tokens=False)["input_ids"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from check import length_table, usual_learning_rate
 from conftest import cli, rows, train_config, write_yaml
 from data import Samples
+from extras.check import length_table, usual_learning_rate
 
 
 def checked(capsys: Any, tmp_path: Path, *arguments: str, **changes: Any) -> tuple[str, str]:

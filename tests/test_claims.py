@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import layers
 import model as model_module
-import probe
 import zoo
 from config import GenerateParams
 from conftest import rows
 from data import Encoder, Pair, Prompt, Samples, collate, prepare_train
 from device import Device
-from generate import generate
+from extras import probe, speed
+from extras.generation import generate
 from model import AnswerModel
 
 # Batches without padding, the head on targets only, the cache in slots, and what stands in for the
@@ -54,7 +53,7 @@ CLAIMS: dict[str, tuple[bool, bool, str, set[str]]] = {
 @functools.cache
 def opened(name: str) -> AnswerModel:
     plain = zoo.build(name, 1536, std=0.2)
-    layers.speed_up(plain)
+    speed.speed_up(plain)
     return AnswerModel(plain).eval()
 
 
@@ -203,7 +202,7 @@ def test_an_adapter_put_around_a_map_later_keeps_its_gradient(
     for fast in (True, False):
         plain = zoo.build(name, 1536, std=0.2)
         if fast:
-            layers.speed_up(plain)
+            speed.speed_up(plain)
         model = AnswerModel(plain).train()
         torch.manual_seed(3)
         adapters = []
@@ -239,7 +238,7 @@ def test_small_weights_make_no_stand_in_of_another_formula(scale: float) -> None
         with torch.no_grad():
             for p in plain.parameters():
                 p.mul_(scale)
-        layers.speed_up(plain)
+        speed.speed_up(plain)
         found = {type(module).__name__ for module in plain.modules()}
         if name == "gemma":  # GELU, and norms of 1 + weight
             assert {"GemmaMLP", "GemmaRMSNorm"} <= own & found
@@ -283,7 +282,7 @@ def test_trying_a_model_out_leaves_it_as_it_was() -> None:
     plain = zoo.build("gpt2", 1536)
     before = {name: (p, p.clone()) for name, p in plain.named_parameters()}
     generator = torch.get_rng_state()
-    layers.speed_up(plain)
+    speed.speed_up(plain)
     model = AnswerModel(plain)
     probe.check_trainable(model)
     assert torch.equal(torch.get_rng_state(), generator)

@@ -295,7 +295,7 @@ def ignores_scale(module: nn.Module) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_faster_modules_keep_the_kinds(kind: str, model_dirs: dict[str, Path]) -> None:
-    from layers import speed_up
+    from extras.speed import speed_up
 
     model, _ = load_model(str(model_dirs[kind]))
     before = [(name, kind) for name, kind, _ in freeze.classify(model)]

@@ -14,7 +14,7 @@ from config import GenerateParams
 from conftest import KINDS, rows
 from data import Encoder, Prompt
 from device import Device
-from generate import generate
+from extras.generation import generate
 from model import AnswerModel, load_model
 
 DEVICE = Device("cpu")

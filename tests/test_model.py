@@ -17,7 +17,7 @@ import model as model_module
 from config import ModelParams, UserError
 from conftest import KINDS, rows, tiny_config
 from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
-from layers import GELU, SILU, FastLinear, linear, speed_up
+from extras.speed import GELU, SILU, FastLinear, linear, speed_up
 from model import (
     AnswerModel,
     architecture,

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig
 
-import probe
 import zoo
 from config import UserError
 from conftest import cli, newest, train, train_config, weights_of
+from extras import probe
 from model import AnswerModel, checkpoint_activations, context_length, load_model, load_tokenizer
 
 

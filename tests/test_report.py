@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metrics
-import report
+from extras import metrics, report
 
 NASTY = [
     "<script>window.injected = 1; alert(1)</script>",

@@ -21,6 +21,7 @@ from conftest import (
     train_config,
 )
 from data import epoch_order
+from extras.frozen_prefix import PrefixCache
 from model import load_model, load_tokenizer
 from test_resume import assert_same_run, stop_after
 
@@ -111,15 +112,15 @@ def test_the_depth_is_how_far_nothing_trains(
         model, _ = load_model(str(model_dirs["gpt_neo"]))
         params = ModelParams(do_freeze=True, layers_not_to_freeze=[open_block], **flags)
         freeze.apply(model, params)
-        assert freeze.PrefixCache(model, probe).depth == depth
+        assert PrefixCache(model, probe).depth == depth
     model, _ = load_model(str(model_dirs["gpt_neo"]))
     with pytest.raises(UserError, match="depends on something that trains"):
-        freeze.PrefixCache(model, probe)
+        PrefixCache(model, probe)
     # Dropout in front: the same input gives other outputs each time.
     model = AutoModelForCausalLM.from_config(tiny_config("gpt_neo", 100, dropout=0.1))
     freeze.apply(model, ModelParams(do_freeze=True, layers_not_to_freeze=[-1], **flags))
     with pytest.raises(UserError, match="or on dropout"):
-        freeze.PrefixCache(model, probe)
+        PrefixCache(model, probe)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(
 def test_gradient_checkpointing_recomputes(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from layers import FusedGatedMLP
+    from extras.speed import FusedGatedMLP
 
     calls = [0]
     original = FusedGatedMLP.forward

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-import track
 from config import Wandb
 from conftest import ROOT, cli, metrics_of, process, rows, train_config, write_yaml
-from track import CURVES, Console, Curves, Metrics, WandbWriter, duration
+from extras import plot as plot_module
+from extras.console import Console, Metrics, duration
+from extras.plot import CURVES, Curves
+from extras.wandb_log import WandbWriter
 
 BLOCK = 32768  # W&B's file is a LevelDB log: blocks of this size, records framed in 7 bytes
 
@@ -225,7 +227,7 @@ def test_curves_are_redrawn_at_each_validation_unless_that_costs_too_much(
     model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(track, "plot", lambda runs: drawn.append(len(metrics_of(runs[0]))))
+    monkeypatch.setattr(plot_module, "plot", lambda runs: drawn.append(len(metrics_of(runs[0]))))
     counts = []
     for share in (1e9, 0.0):
         monkeypatch.setattr(Curves, "SHARE", share)

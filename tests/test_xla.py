@@ -15,8 +15,8 @@ import torch
 import torch_xla
 from torch_xla.debug import metrics as xla_metrics
 
-import device
 from conftest import cli, metrics_of, newest, process, train_config, weights_of, write_yaml
+from extras import xla
 
 torch_xla.device()  # before the first backward pass: autograd counts the devices only once
 
@@ -46,14 +46,14 @@ def counted(metric: str) -> int:
 def count_after_steps(monkeypatch: pytest.MonkeyPatch, metric: str) -> list[int]:
     """What XLA's metric has counted after each step from now on."""
     counts: list[int] = []
-    original = device.XlaDevice.step
+    original = xla.XlaDevice.step
 
     def step(self: Any, *args: Any) -> Any:
         result = original(self, *args)
         counts.append(counted(metric))
         return result
 
-    monkeypatch.setattr(device.XlaDevice, "step", step)
+    monkeypatch.setattr(xla.XlaDevice, "step", step)
     return counts
 
 
@@ -99,14 +99,14 @@ def test_a_step_that_is_no_number_changes_nothing(
     model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of three steps is made infinite: weights after it are those of before."""
-    original = device.XlaDevice.backward
+    original = xla.XlaDevice.backward
     seen: list[dict[str, torch.Tensor]] = []
 
     def backward(self: Any, loss: torch.Tensor) -> None:
         original(self, loss * float("inf") if 2 <= len(seen) < 4 else loss)
         seen.append({})
 
-    monkeypatch.setattr(device.XlaDevice, "backward", backward)
+    monkeypatch.setattr(xla.XlaDevice, "backward", backward)
     path = config(model_dirs["gpt_neo"], uneven, tmp_path / "run", "tpu")
     assert cli("train", path, "trainer.params.max_epochs=1", "--quiet") == 0
     lines = metrics_of(tmp_path / "run")

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import freeze
-import probe
 import zoo
 from config import GenerateParams, UserError
 from conftest import rows
 from data import Encoder, Pair, Prompt, Samples, collate, prepare_train
 from device import Device
-from generate import generate
+from extras import probe
+from extras.generation import generate
 from model import AnswerModel, load_model
 
 DEVICE = Device("cpu")

@@ -1,6 +1,6 @@
 """Prompts in, answers out: batched generation that equals `generate` on one prompt at a time.
 
-How a model is batched depends on what it can do (see probe.py), never on its name:
+How a model is batched depends on what it can do (probe.py), never on its name:
 
 - Keys and values of plain attention stand in slots of our own, from which finished rows go and into
   which new ones come. This is the fast way, and that of most models.
@@ -44,8 +44,8 @@ from transformers.cache_utils import DynamicLayer
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
 from device import Device
+from extras.probe import generation_settings, plain_cache
 from model import AnswerModel
-from probe import generation_settings, plain_cache
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
 PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding

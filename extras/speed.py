@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 from transformers.pytorch_utils import Conv1D
 
-from probe import close, random_weights
+from extras.probe import close, random_weights
 
 # --------------------------------------------------------------------------------- attention
 

@@ -19,9 +19,9 @@ import torch
 from config import LARGEST, TrainConfig
 from data import Samples, cached_samples, micro_batches
 from device import StepResult
+from extras.console import duration, visible
 from model import parameters_in
 from run import Run
-from track import duration, visible
 
 SHOWN = 3  # samples, and samples that would be cut
 BARS, BAR = 12, 50  # of the histogram: how many, and columns of the longest

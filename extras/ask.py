@@ -4,8 +4,8 @@
     python sft.py ask runs/facts "What is the capital of France?"
     echo "What is the capital of France?" | python sft.py ask EleutherAI/gpt-neo-125m
 
-Answers are printed while they are generated, by the engine that `test` uses (generate.py), greedily
-and with the template that the checkpoint was trained with.
+Answers are printed while they are generated, by the engine that `test` uses (generation.py),
+greedily and with the template that the checkpoint was trained with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from config import DEFAULT_TEMPLATE, GenerateParams, UserError
 from data import Encoder, Prompt
 from device import Device, open_device
 from evaluate import find_model
-from generate import generate
+from extras.console import Console, visible
+from extras.generation import generate
 from model import (
     AnswerModel,
     check_ids,
@@ -30,7 +31,6 @@ from model import (
     parameters_in,
     quiet_libraries,
 )
-from track import Console, visible
 
 MAX_NEW_TOKENS = 256
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from config import UserError
+from config import UserError, first_line
 from data import Batch
 
 if TYPE_CHECKING:
@@ -101,12 +101,6 @@ def succeeds(trial: Callable[..., bool], *arguments: Any) -> bool:
         if out_of_memory(error):
             raise
         return False
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, for a message of ours."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def out_of_memory(error: Exception) -> bool:
