@@ -63,6 +63,30 @@ def number(path: Path) -> int:
 # ------------------------------------------------------------------------------------- writing
 
 
+def sha256_of(file: Path) -> str:
+    """Of a file's contents, in hexadecimal; read piece by piece."""
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: whatever happens, the old one is there or the new one, no half.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save(run: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Create run/name from the files that `write` puts into an empty directory, atomically.
 
@@ -113,20 +137,12 @@ def _write_manifest(directory: Path) -> None:
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     entries = {}
     for file in files:
-        entries[file.relative_to(directory).as_posix()] = [file.stat().st_size, _sha256(file)]
+        entries[file.relative_to(directory).as_posix()] = [file.stat().st_size, sha256_of(file)]
         _sync(file)
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"format": FORMAT, "files": entries}, indent=1))
     _sync(manifest)
     _sync(directory)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -227,7 +243,7 @@ def _check(path: Path, hashes: bool) -> None:
         found = file.stat().st_size
         if found != size:
             raise Damaged(f"{path}: damaged: {name} has {found:,} bytes instead of {size:,}")
-        if hashes and _sha256(file) != sha256:
+        if hashes and sha256_of(file) != sha256:
             raise Damaged(f"{path}: damaged: the contents of {name} have changed (SHA-256)")
 
 

@@ -12,6 +12,7 @@ from a cache when the same data was prepared before.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from checkpoint import sha256_of
 from config import DEFAULT_TEMPLATE, TestData, TrainData, UserError
 
 IGNORE = -100  # the label of a position that is not trained on (torch's cross_entropy default)
@@ -197,19 +199,16 @@ class DataSource:
     def _keys(self) -> str:
         return f"{self.question_key!r} and {self.answer_key!r}"
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the contents of the split files, not over their paths."""
+        """SHA-256 over the contents of the split files, not over their paths; read once a start."""
         files = {name: p for name, p in self.splits.items() if isinstance(p, Path)}
         if not files:
             files[""] = self.path if self.path.is_file() else next(self.path.glob("*.json"))
         parts = [self.question_key, self.answer_key]
         for name, file in sorted(files.items()):
-            digest = hashlib.sha256()
-            with file.open("rb") as handle:
-                while block := handle.read(1 << 20):
-                    digest.update(block)
             # Each file by itself: a row moved from one split's end to the next one's start counts.
-            parts += [name, file.suffix, digest.hexdigest()]
+            parts += [name, file.suffix, sha256_of(file)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -645,7 +644,7 @@ def cached_samples(
     tokenizer, the template and the lengths. An entry appears by renaming a finished directory, so
     a reader never sees half of one. `SFT_CACHE` names another place than ~/.cache/sft.
     """
-    parts = (source.fingerprint(), split, encoder.fingerprint(), max_length, truncate_promt, "v1")
+    parts = (source.fingerprint, split, encoder.fingerprint(), max_length, truncate_promt, "v1")
     name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     root = Path(os.environ.get("SFT_CACHE", "~/.cache/sft")).expanduser()
     entry = root / name

@@ -389,10 +389,10 @@ def identity(
     if isinstance(place, Path):
         for file in sorted(place.glob("*")):
             if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_FILES:
-                digest.update(file.name.encode() + file.read_bytes())
+                digest.update(f"{file.name} {checkpoint.sha256_of(file)}".encode())
     values: dict[str, Any] = {
         "model": digest.hexdigest()[:16],
-        "data": source.fingerprint()[:16],
+        "data": source.fingerprint[:16],
         "template": template,
         "seed": config.seed,
         "do_compute_metrics": config.test_params.do_compute_metrics,
@@ -478,10 +478,8 @@ class AnswerLog:
 
     def write_summary(self, summary: dict[str, Any], samples: int) -> None:
         content = {"samples": samples, "scores": summary, "settings": self.identity}
-        target = self.beside(".summary.json")
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(json.dumps(content, indent=1))
-        temporary.replace(target)
+        text = json.dumps(content, indent=1)
+        checkpoint.write_file(self.beside(".summary.json"), text.encode())
 
 
 def table(summary: dict[str, Any]) -> str:

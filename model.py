@@ -577,12 +577,10 @@ class _ChunkedLoss(torch.autograd.Function):
 # --------------------------------------------------------------------- optimizer and schedule
 
 
-def make_optimizer(
-    model: PreTrainedModel, params: ModelParams, *, fused: bool = True
-) -> torch.optim.AdamW:
+def make_optimizer(model: PreTrainedModel, params: ModelParams) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; weight decay on neither biases nor norms.
 
-    One kernel for all parameters where there is one (`fused`); on XLA, the step's number is kept
+    One kernel for all parameters (`fused`) where there is one; on XLA, the step's number is kept
     on the device (`capturable`), so that the update is part of the graph.
     """
     decayed: list[nn.Parameter] = []
@@ -600,7 +598,7 @@ def make_optimizer(
         [group for group in groups if group["params"]],
         lr=params.learning_rate,
         betas=(params.adam_betas[0], params.adam_betas[1]),
-        fused=fused and not xla,
+        fused=not xla,
         capturable=xla,
     )
 

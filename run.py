@@ -159,7 +159,7 @@ class Run:
         self._plan()
         self.identity = {
             "model": architecture(config.model_name),
-            "data": self.source.fingerprint(),
+            "data": self.source.fingerprint,
             SAMPLES_PER_STEP: self.samples_per_step,
         }
         self.answers: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import time
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint import write_file
 from config import UserError, first_line
 from extras.console import METRICS, Console
 
@@ -87,9 +89,9 @@ def plot(runs: Sequence[Path], output: str | None = None) -> Path:
         for text in legend.get_texts():
             text.set_parse_math(False)  # a $ in a path is a dollar
     target = Path(output) if output else (runs[0] if len(runs) == 1 else Path()) / CURVES
-    temporary = target.with_name(f".tmp-{target.name}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    temporary.replace(target)
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    write_file(target, image.getvalue())
     return target
 
 

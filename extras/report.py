@@ -19,6 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint import write_file
+
 # Name in the summary: heading, definition.
 SCORES = {
     "exact_match": ("Exact match", "share of answers equal to the reference after normalisation"),
@@ -204,17 +206,7 @@ def write_report(
     Raises:
         OSError: the file cannot be written.
     """
-    target = Path(path)
-    temporary = target.with_name(target.name + ".tmp")
-    content = _page(title, summary, samples).encode()
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(Path(path), _page(title, summary, samples).encode())
 
 
 def _page(

@@ -197,7 +197,7 @@ def test_a_pickle_that_would_run_code_is_refused(
         size = (path / "trainer_state.pt").stat().st_size
         manifest["files"]["trainer_state.pt"] = [
             size,
-            checkpoint._sha256(path / "trainer_state.pt"),
+            checkpoint.sha256_of(path / "trainer_state.pt"),
         ]
         (path / "manifest.json").write_text(json.dumps(manifest))
         assert train(finished, f"trainer.ckpt_path={path}", "trainer.params.max_epochs=3") == 2

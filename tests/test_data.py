@@ -711,11 +711,11 @@ def test_a_row_moved_to_another_split_changes_the_fingerprint(tmp_path: Path) ->
     folder = tmp_path / "d"
     write(folder / "test.jsonl", "".join(lines[:2]))
     write(folder / "train.jsonl", lines[2])
-    before = DataSource.open(folder).fingerprint()
-    assert before == DataSource.open(folder).fingerprint()
+    before = DataSource.open(folder).fingerprint
+    assert before == DataSource.open(folder).fingerprint
     write(folder / "test.jsonl", lines[0])
     write(folder / "train.jsonl", "".join(lines[1:]))  # the bytes in a row are the same
-    assert DataSource.open(folder).fingerprint() != before
+    assert DataSource.open(folder).fingerprint != before
 
 
 @pytest.mark.parametrize("truncate", [True, False])
