@@ -224,11 +224,14 @@ class Device:
 
     # ----------------------------------------------------------------------------- ranks
 
-    def parallel(self, model: AnswerModel, strategy: str) -> nn.Module:
+    def parallel(self, model: AnswerModel, strategy: str, reached: bool = True) -> nn.Module:
         """The model on this device, as what the loop calls: several ranks add up their gradients.
 
         `ddp` keeps the whole model on every rank. `fsdp` (FSDP2) changes `model` in place: each
         rank keeps a slice of every parameter, and whole ones exist for one block at a time.
+
+        reached: a text reaches every parameter that trains; else DDP looks for those that it does
+            not (experts that no token of a batch chose, the encoder of another modality).
 
         Raises:
             UserError: `fsdp` for a model without a stack of blocks.
@@ -238,7 +241,9 @@ class Device:
         if self.ranks.world_size == 1:
             return model
         if strategy == "ddp":
-            return DistributedDataParallel(model, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                model, gradient_as_bucket_view=True, find_unused_parameters=not reached
+            )
         self.lockstep = True
         mesh = init_device_mesh(self.kind, (self.ranks.world_size,))
         for block in freeze.blocks(model):

@@ -41,7 +41,11 @@ if TYPE_CHECKING:
 LOGITS_PER_CHUNK = 2**23
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 # Masks, positions and rotations that older versions of transformers stored with the weights.
-NOT_WEIGHTS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$")
+# And the scales of an 8-bit cache.
+NOT_WEIGHTS = re.compile(
+    r"(inv_freq|(cos|sin)_cached|(masked|attn\.|attention\.)_?bias|causal_mask|position_ids"
+    r"|[kv]_scale)$"
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -70,7 +74,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    _refuse_pointers(Path(name), "tokenizer*")
+    _refuse_pointers(Path(name), *TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
@@ -128,6 +132,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if config.model_type == "gpt_neo":
         options["attn_implementation"] = "eager"
+    if dtype == torch.float64:  # the fast product of experts has none
+        options["experts_implementation"] = "eager"
     try:
         if from_scratch and not has_weights:
             torch.manual_seed(seed)
@@ -145,6 +151,9 @@ def load_model(
         raise
     except Exception as error:
         raise UserError(f"{_place(name)}: cannot be loaded: {first_line(error)}") from None
+    if _file_of(name, "generation_config.json") is None:
+        # transformers then makes one from config.json, where a default may name any letter.
+        model.generation_config.eos_token_id = None
     _own_memory(model)
     speed_up(model)
     return model, remarks
@@ -172,42 +181,57 @@ def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> l
     mismatched = sorted(found["mismatched_keys"], key=str)
     if mismatched:
         lines = [f"{key}: found {list(a)}; config.json wants {list(b)}" for key, a, b in mismatched]
-        raise UserError(f"{place}: {len(lines)} of other shapes\n{_some(lines)}")
+        raise UserError(f"{place}: {_parameters(len(lines))} of another shape\n{_some(lines)}")
     if missing:
         other = ""
         if unexpected:
-            other = f"\n  and {len(unexpected)} that it has no place for:\n{_some(unexpected)}"
+            other = f"\n  found {_parameters(len(unexpected))} that it has no place for:"
+            other += f"\n{_some(unexpected)}"
             wrapper = unexpected[0].removesuffix(missing[0])
-            if unexpected[0] == wrapper + missing[0]:
-                other += (
-                    f"\n  every name begins with {wrapper!r}, as torch.compile and DDP write it;"
-                )
-                other += " save the model that is inside of them"
-        raise UserError(f"{place}: {len(missing)} parameters are missing\n{_some(missing)}{other}")
-    # A head for another task may be left over; another block, or a bias that a block lacks, means
+            if wrapper and all(key.startswith(wrapper) for key in unexpected):
+                other += f"\n  every name begins with {wrapper!r}, as torch.compile and DDP write"
+                other += " it; save the model that is inside of them"
+        raise UserError(f"{place}: missing {_parameters(len(missing))}\n{_some(missing)}{other}")
+    # A head for another task may be left over; another block, or a bias that a module lacks, means
     # that config.json is about another model.
-    modules = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
-    modules |= {name for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    modules |= {name.removeprefix(f"{model.base_model_prefix}.") for name in modules}
+    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
+    stacks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    base = f"{model.base_model_prefix}."
     for key in unexpected:
         parts = key.split(".")
-        if any(".".join(parts[:i]) in modules for i in range(1, len(parts))):
+        inside = [".".join(parts[:i]) for i in range(1, len(parts))]
+        if {f"{base}{inside[-1]}", inside[-1]} & owners or any(
+            {f"{base}{name}", name} & stacks for name in inside
+        ):
             raise UserError(
-                f"{place}: {len(unexpected)} parameters that it has no place for, some of them in "
-                f"its own blocks; look at the sizes in config.json\n{_some(unexpected)}"
+                f"{place}: found {_parameters(len(unexpected))} that it has no place for, some in "
+                "its own blocks: config.json has other sizes (num_hidden_layers, say), or the file "
+                f"holds an adapter or layers for multi-token prediction\n{_some(unexpected)}"
             )
     for key, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
-                f"{_place(name)}: damaged: {key} holds {bad:,} numbers that are not finite "
-                f"(of {tensor.numel():,}); fetch the model again, or go back to a checkpoint "
+                f"{_place(name)}: damaged: of the {tensor.numel():,} numbers of {key} {bad:,} are "
+                f"not finite; fetch the model again, or go back to a checkpoint "
                 "from before"
             )
-    if not unexpected:
-        return []
-    shown = ", ".join(unexpected[:SHOWN_KEYS]) + (", ..." if len(unexpected) > SHOWN_KEYS else "")
-    return [f"not used: {len(unexpected)} tensors that a causal LM has no place for ({shown})"]
+    remarks = []
+    if unexpected:
+        shown = ", ".join(unexpected[:SHOWN_KEYS])
+        shown += ", ..." if len(unexpected) > SHOWN_KEYS else ""
+        count = _parameters(len(unexpected))
+        remarks.append(f"not used: {count} that a causal LM has no place for ({shown})")
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and getattr(head, "weight", table.weight) is not table.weight:
+        remarks.append("the file has an output head of its own, so it is not tied, whatever config")
+        remarks[-1] += ".json says"
+    return remarks
+
+
+def _parameters(count: int) -> str:
+    return "1 parameter" if count == 1 else f"{count:,} parameters"
 
 
 def _some(lines: list[str]) -> str:
@@ -225,6 +249,14 @@ def _own_memory(model: PreTrainedModel) -> None:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
+def _file_of(name: str, file: str) -> Path | None:
+    """Where a file of a directory, or of a hub id that was loaded, lies; None if it has none."""
+    path: Any = Path(name) / file
+    if not Path(name).is_dir():
+        path = try_to_load_from_cache(name, file)
+    return Path(path) if isinstance(path, (str, Path)) and Path(path).is_file() else None
+
+
 def _place(name: str) -> str:
     absent = " (not a local directory, as a run's is once it has trained; so taken as a hub id)"
     return f"model_name: {name}" + ("" if Path(name).exists() else absent)
@@ -236,9 +268,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """How many positions the model knows; None for a model without a limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
     if limit is None or limit < 1:  # XLNet writes -1
         return None
+    # Beyond its window Doge chooses keys among equals by what stands behind the text.
+    limit = min(limit, getattr(text, "keep_window_size", limit))
     # RoBERTa and its kin count positions from the row behind that of padding.
     for module in model.modules():
         padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
@@ -342,6 +377,8 @@ class AnswerModel(nn.Module):
             different lengths stand in one plain cache. "groups" or "single": by transformers' own
             `generate`, several rows of equal length at a time or one. "none": not at all, since
             `generate` gives other tokens than the model itself, or there is no cache.
+        takes_masks: a mask of ours may stand for the model's own, see XlaDevice.
+        tolerance: how near outputs must be in a trial, relative to the largest; 0: none can tell.
 
     Raises:
         UserError: the model cannot read text, or is not causal.
@@ -367,9 +404,12 @@ class AnswerModel(nn.Module):
         self.cache_name = probe.argument(model, "cache", "past_key_values")
         # transformers looks at values to see which mask it needs; XLA must not wait for them.
         self.makes_masks = False
-        self.split = self.packs = self.pads_left = False
+        self.split = self.packs = self.pads_left = self.takes_masks = False
         with torch.no_grad(), evaluating(model), probe.random_weights(model):
-            probe.check_causal(self)
+            reach = probe.check_causal(self)
+            # A tenth of what a fault can do; nothing is trusted where that is rounding.
+            self.tolerance = reach / 10 if reach / 10 > probe.ROUNDING else 0.0
+            self.tolerance = min(self.tolerance, probe.TOLERANCE)
             factor = probe.logit_factor(self)
             if factor is not None:
                 self.split, self.factor = True, factor
@@ -377,6 +417,7 @@ class AnswerModel(nn.Module):
             self.pads_left = probe.succeeds(probe.pads_left, self)
             slots = self.pads_left and probe.succeeds(probe.takes_slots, self)
             self.cache = "slots" if slots else probe.own_cache(self)
+            self.takes_masks = probe.succeeds(probe.takes_masks, self)
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """The model's own forward pass: [B, T] -> [B, T, V]."""
@@ -634,12 +675,16 @@ def tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     """
     found = {}
     for file in sorted({*TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}):
-        path: Any = Path(name) / file
-        if not Path(name).is_dir():
-            path = try_to_load_from_cache(name, file)
-        if isinstance(path, (str, Path)) and Path(path).is_file():
-            found[file] = Path(path).read_bytes()
+        path = _file_of(name, file)
+        if path is not None:
+            found[file] = path.read_bytes()
     return found
+
+
+def configured_ends(model: PreTrainedModel) -> list[int]:
+    """The ids that the model's generation_config.json ends texts with."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def export(
@@ -655,13 +700,13 @@ def export(
         files: see `tokenizer_files`.
     """
     model.save_pretrained(directory, state_dict=weights)
-    # What the answers were trained to end with comes first, whatever the base model had.
+    # What the answers were trained to end with comes first, whatever the base model had. Not by
+    # `save_pretrained`, which refuses to write settings that many published models have.
+    ends = [tokenizer.eos_token_id, *configured_ends(model)]
     generation = copy.deepcopy(model.generation_config)
-    before = generation.eos_token_id
-    others = before if isinstance(before, list) else [before]
-    ends = [tokenizer.eos_token_id, *(i for i in others if i not in (None, tokenizer.eos_token_id))]
+    ends = list(dict.fromkeys(ends))
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    generation.save_pretrained(directory)
+    generation.to_json_file(Path(directory) / "generation_config.json", use_diff=True)
     for name, content in files.items():
         (Path(directory) / name).write_bytes(content)
     if not files:  # one that needs none, such as a tokenizer of bytes

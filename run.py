@@ -263,12 +263,12 @@ class Run:
         if self.params.gradient_checkpointing:
             checkpoint_activations(model)
         self.model = AnswerModel(model)
-        check_trainable(self.model)
+        reached = check_trainable(self.model)
         # A compiled model would be compiled anew for each list of lengths.
         self.model.packs &= self.device.packs and not self.params.compile and self.shape is None
         if self.params.compile:
             self.model.backbone.compile(dynamic=True)
-        self.training_model = self.device.parallel(self.model, self.params.strategy)
+        self.training_model = self.device.parallel(self.model, self.params.strategy, reached)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, config.model_params)
 
@@ -289,8 +289,8 @@ class Run:
             self.samples = self.val_samples = self.samples.subset(chosen)
         elif len(self.samples) and not has_val:
             self.samples, self.val_samples = hold_out(self.samples, data.val_fraction, config.seed)
-        splits = {"train": self.train_split, self.val_split: self.val_samples}
-        largest = max((int(s.tokens.max()) for s in splits.values() if len(s.tokens)), default=0)
+        splits = (self.train_split, self.val_samples)
+        largest = max((int(s.tokens.max()) for s in splits if len(s.tokens)), default=0)
         self.remarks += check_ids(self.model.model, self.tokenizer, largest, data.data_dir)
         for name, samples in (("train", self.samples), (self.val_split, self.val_samples)):
             if int(samples.target_lengths.sum()) == 0:
@@ -345,7 +345,7 @@ class Run:
         generators = self.device.rng_state()
         from extras.frozen_prefix import PrefixCache
 
-        cache = PrefixCache(self.model.model, probe)
+        cache = PrefixCache(self.model.model, self.model.backbone, probe)
         self.device.set_rng_state(generators)
         began = time.monotonic()
         cache.fill(self.samples, self.device, self.directory if where == "disk" else None)
@@ -851,7 +851,8 @@ def _refuse_router_loss(name: str, config: Any) -> None:
         raise UserError(
             f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
             "a load-balancing loss of the experts; it is not added here, because it depends on how "
-            "a step is split into batches. Set it to false to train on the answers alone"
+            "a step is split into batches. Set it to false, in a copy of the model, to train on "
+            "the answers alone"
         )
 
 

@@ -29,19 +29,20 @@ class PrefixCache:
 
     Args:
         model: the causal LM, frozen already.
-        probe: int64 [1, T] ids to find the depth with.
+        backbone: what stands in front of its output head.
+        sample_ids: int64 [1, T] to find the depth with.
 
     Raises:
         UserError: the first block already depends on something that trains or on dropout.
     """
 
-    def __init__(self, model: PreTrainedModel, probe: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, backbone: nn.Module, sample_ids: Tensor) -> None:
+        self.model, self.backbone = model, backbone
         self.blocks = list(blocks(model))
         self.current: Tensor | None = None  # [B, T, C], stands in for the prefix in a forward
         self.seen: list[Tensor] = []
         self.output: Any = None  # what a block returns beside the hidden states, if anything
-        self.depth = self._frozen_depth(probe)
+        self.depth = self._frozen_depth(sample_ids)
         if self.depth == 0:
             raise UserError(
                 "model_params.cache_frozen_prefix: the input of the first block depends on "
@@ -52,7 +53,7 @@ class PrefixCache:
         for index, block in enumerate(self.blocks[: self.depth]):
             block.forward = self._bypass(block.forward, last=index == self.depth - 1)
 
-    def _inputs(self, probe: Tensor) -> list[Tensor]:
+    def _inputs(self, sample_ids: Tensor) -> list[Tensor]:
         """The input of every block in one forward, as training runs it."""
         inputs: list[Tensor] = []
 
@@ -63,15 +64,15 @@ class PrefixCache:
         training = self.model.training
         try:
             self.model.train()
-            self.model.base_model(probe, use_cache=False)
+            self.backbone(sample_ids, use_cache=False)
         finally:
             self.model.train(training)
             for hook in hooks:
                 hook.remove()
         return inputs
 
-    def _frozen_depth(self, probe: Tensor) -> int:
-        first, second = self._inputs(probe), self._inputs(probe)
+    def _frozen_depth(self, sample_ids: Tensor) -> int:
+        first, second = self._inputs(sample_ids), self._inputs(sample_ids)
         if len(first) != len(self.blocks):
             raise UserError(
                 "model_params.cache_frozen_prefix: the blocks of this model do not run once each "
@@ -112,7 +113,7 @@ class PrefixCache:
             rows = order[i : i + FILL_BATCH]
             batch = device.place(collate(samples, rows))
             with device.autocast():
-                self.model.base_model(batch.input_ids, use_cache=False)
+                self.backbone(batch.input_ids, use_cache=False)
             hidden = self.seen.pop().to("cpu")
             self.dtype = hidden.dtype
             if self.store is None:

@@ -44,8 +44,8 @@ from transformers.cache_utils import DynamicLayer
 from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
 from device import Device
-from extras.probe import generation_settings, plain_cache
-from model import AnswerModel
+from extras.probe import generate_plainly, plain_cache
+from model import AnswerModel, configured_ends
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
 PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
@@ -238,8 +238,7 @@ def generate(
     max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
     each token.
     """
-    configured = model.model.generation_config.eos_token_id
-    end_ids = {eos, *_as_list(configured)}
+    end_ids = {eos, *configured_ends(model.model)}
     if params.eos_token_id is not None:
         end_ids = set(_as_list(params.eos_token_id))
 
@@ -354,18 +353,17 @@ def _by_transformers(
 
     rows: longest first. Those of equal length need no padding and go together.
     """
-    plain = model.model
     batch_size = batch_size if model.cache == "groups" else 1
     settings = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=0)
     for _, members in itertools.groupby(rows, key=lambda row: len(row.prompt.input_ids)):
         while (part := list(itertools.islice(members, batch_size))) and not should_stop():
             group = _Group(part, should_stop)
             input_ids = device.move(torch.tensor([row.prompt.input_ids for row in part]))
-            with device.autocast(), generation_settings(plain, settings):
-                plain.generate(
+            with device.autocast():
+                generate_plainly(
+                    model.model,
                     input_ids,
-                    attention_mask=torch.ones_like(input_ids),
-                    generation_config=settings,
+                    settings,
                     logits_processor=LogitsProcessorList([group.choose]),
                     stopping_criteria=StoppingCriteriaList([group.done]),
                 )

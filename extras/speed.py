@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 from transformers.pytorch_utils import Conv1D
 
-from extras.probe import close, random_weights
+from extras.probe import close, random_weights, succeeds
 
 # --------------------------------------------------------------------------------- attention
 
@@ -313,18 +313,34 @@ class FusedRMSNorm(nn.Module):
 
 
 def _stands_in(faster: type[nn.Module], module: nn.Module, width: int) -> bool:
-    """Whether the class computes what the module does, on inputs of any usual size [4, width]."""
+    """Whether the class computes what the module does, on inputs of any usual size [4, width].
+
+    Also while it trains: a module with dropout gives something else each time.
+    """
     generator = torch.Generator().manual_seed(0)
-    device = next(module.parameters()).device
-    x = torch.randn(4, width, generator=generator).to(device)
-    try:
-        with torch.no_grad(), random_weights(module):
-            return all(
-                close(faster.forward(module, x * size), module(x * size), SAME)  # type: ignore[arg-type]
-                for size in (1.0, 30.0, 1e-3)
-            )
-    except (AttributeError, RuntimeError, TypeError):
-        return False
+    x = torch.randn(4, width, generator=generator).to(next(module.parameters()).device)
+
+    def same() -> bool:
+        return all(
+            close(faster.forward(module, x * size), module.train(mode)(x * size), SAME)  # type: ignore[arg-type]
+            for mode in (True, False)
+            for size in (1.0, 30.0, 1e-3)
+        )
+
+    training = module.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), random_weights(module):
+        try:
+            return succeeds(same)
+        finally:
+            module.train(training)
+
+
+def _likeness(module: nn.Module) -> Any:
+    """What modules have in common that need to be tried only once."""
+    plain = {n: v for n, v in vars(module).items() if isinstance(v, (int, float, str))}
+    plain.pop("layer_idx", None)
+    shapes = tuple((name, p.shape, p.dtype) for name, p in module.named_parameters())
+    return type(module), shapes, tuple(plain.items()), str(getattr(module, "act_fn", None))
 
 
 def _is_gated(module: nn.Module) -> bool:
@@ -346,6 +362,14 @@ def _is_norm(module: nn.Module) -> bool:
 
 def speed_up(model: PreTrainedModel) -> None:
     """Put faster modules with the same results in place of the model's own."""
+    tried: dict[Any, bool] = {}
+
+    def stands_in(faster: type[nn.Module], module: nn.Module, width: int) -> bool:
+        like = (faster, *_likeness(module))
+        if like not in tried:
+            tried[like] = _stands_in(faster, module, width)
+        return tried[like]
+
     for module in model.modules():
         children = dict(module.named_children())
         if type(module) is nn.Linear:
@@ -363,10 +387,14 @@ def speed_up(model: PreTrainedModel) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
         if model.dtype != torch.float32:  # transformers rounds to float32 inside, in any dtype
             continue
-        if _is_gated(module) and _stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
+        if _is_gated(module) and stands_in(FusedGatedMLP, module, module.gate_proj.in_features):
             module.__class__ = FusedGatedMLP
-        if _is_norm(module) and _stands_in(FusedRMSNorm, module, module.weight.numel()):
+        if _is_norm(module) and stands_in(FusedRMSNorm, module, module.weight.numel()):
             module.__class__ = FusedRMSNorm
     if model.config.model_type == "gpt_neo":
         # Lets transformers skip the mask when causality alone decides.
         model.config._attn_implementation = "sdpa"
+    if model.config.model_type == "rwkv":
+        # For float16 RWKV divides its own weights when it stops training and multiplies them when
+        # it goes on; a checkpoint made in between would hold other weights.
+        model.base_model._rescale_layers = lambda: None

@@ -62,8 +62,7 @@ class XlaDevice(Device):
         model.to(self.torch_device)
         model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
         # Where every layer sees all that came before, as one mask for all of them says.
-        text = model.model.config.get_text_config()
-        model.makes_masks = getattr(text, "sliding_window", None) is None
+        model.makes_masks = model.takes_masks and model.sees_everything
 
     def synchronise(self) -> None:
         self.xla.sync()

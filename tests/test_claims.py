@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
 import zoo
@@ -41,7 +42,6 @@ CLAIMS: dict[str, tuple[bool, bool, str, set[str]]] = {
     "gemma2": (False, True, "slots", PLAIN),
     "gemma3_text": (False, True, "slots", PLAIN),
     "gpt_oss": (False, True, "slots", PLAIN),
-    "qwen3_moe": (True, True, "slots", PLAIN),
     "llama4_text": (False, True, "groups", PLAIN),
     "mamba2": (False, True, "groups", PLAIN),
     "qwen3_next": (False, True, "groups", PLAIN),
@@ -289,3 +289,29 @@ def test_trying_a_model_out_leaves_it_as_it_was() -> None:
     for name, p in plain.named_parameters():
         assert p is before[name][0] and torch.equal(p, before[name][1]) and p.grad is None
     assert plain.lm_head.weight is plain.get_input_embeddings().weight
+
+
+def test_no_module_loses_its_dropout_to_a_faster_one() -> None:
+    """Also where it is a function call inside of the module, and is off while it is tried."""
+    if "seed_oss" not in zoo.available():
+        pytest.skip("this transformers has no Seed-OSS")
+    row = zoo.ZOO["seed_oss"] | {"vocab_size": 1536, "residual_dropout": 0.1}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("seed_oss", **row))
+    for training in (True, False):
+        plain.train(training)
+        speed.speed_up(plain)
+        assert any(type(module).__name__ == "SeedOssMLP" for module in plain.modules())
+        assert plain.training == training
+
+
+def test_a_mask_of_ours_stands_for_none_that_says_more() -> None:
+    for name, expected in (("llama", True), ("gpt2", True), ("gpt_neo", True), ("mistral", False)):
+        assert (opened(name).takes_masks and opened(name).sees_everything) == expected, name
+    for name in ("mamba", "bloom", "mpt", "opt"):
+        model = opened(name)
+        (ids,) = probe.ids_of(12, vocab_size=1536)
+        model.makes_masks = model.takes_masks and model.sees_everything
+        with torch.no_grad():
+            found = model.hidden_states(ids)
+            model.makes_masks = False
+            assert torch.allclose(found, model.hidden_states(ids), atol=1e-4), name

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+)
 
 import zoo
 from config import UserError
@@ -55,26 +61,30 @@ def smaller(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 DAMAGES = {
     "a prefix of torch.compile": (
         prefixed("_orig_mod."),
-        "parameters are missing",
+        "missing 30 parameters",
         "every name begins with '_orig_mod.'",
     ),
-    "a prefix of DDP": (prefixed("module."), "parameters are missing", "module.lm_head.weight"),
-    "a missing layer": (without("layers.2."), "9 parameters are missing", "model.layers.2."),
-    "a missing head": (without("lm_head"), "1 parameters are missing", "lm_head.weight"),
+    "a prefix of DDP": (prefixed("module."), "missing 30 parameters", "module.lm_head.weight"),
+    "a missing layer": (without("layers.2."), "missing 9 parameters", "model.layers.2."),
+    "a missing head": (without("lm_head"), "missing 1 parameter\n", "lm_head.weight"),
     "one layer too many": (
         with_more("model.layers.3.mlp.up_proj.weight"),
-        "has no place for, some of them in its own blocks",
+        "that it has no place for, some in its own blocks",
         "model.layers.3.mlp.up_proj.weight",
     ),
     "an adapter that was not merged": (
         with_more("model.layers.0.self_attn.q_proj.lora_A.weight"),
-        "has no place for, some of them in its own blocks",
+        "that it has no place for, some in its own blocks",
         "lora_A",
     ),
-    "another vocabulary": (smaller, "1 of other shapes", "found [1000, 32]; config.json wants ["),
+    "another vocabulary": (
+        smaller,
+        "1 parameter of another shape",
+        "found [1000, 32]; config.json wants [",
+    ),
     "a number that is none": (
         not_a_number,
-        "1 numbers that are not finite",
+        "of model.layers.1.mlp.up_proj.weight 1 are not finite",
         "layers.1.mlp.up_proj",
     ),
 }
@@ -105,7 +115,22 @@ def test_weights_of_another_model_are_refused_by_every_command(
 def test_a_head_for_another_task_is_left_over_and_said(llama: Path) -> None:
     rewrite(llama, with_more("score.weight"))
     _, remarks = load_model(str(llama))
-    assert remarks == ["not used: 1 tensors that a causal LM has no place for (score.weight)"]
+    assert remarks == ["not used: 1 parameter that a causal LM has no place for (score.weight)"]
+
+
+def test_caches_and_scales_of_other_programs_are_no_weights(llama: Path) -> None:
+    for name in ("rotary_emb.cos_cached", "rotary_emb.inv_freq", "k_proj.k_scale"):
+        rewrite(llama, with_more(f"model.layers.0.self_attn.{name}"))
+    assert load_model(str(llama))[1] == []
+
+
+def test_a_head_of_its_own_in_a_model_that_ties_is_said(llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (llama / "config.json").write_text(json.dumps(config))
+    _, remarks = load_model(str(llama))
+    assert remarks == [
+        "the file has an output head of its own, so it is not tied, whatever config.json says"
+    ]
 
 
 def test_a_tied_head_is_not_missing(model_dirs: dict[str, Path]) -> None:
@@ -163,18 +188,39 @@ def test_an_encoder_decoder_is_refused_by_name(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("small", [False, True], ids=["", "small weights"])
-def test_a_model_that_sees_its_answers_is_refused(tmp_path: Path, small: bool) -> None:
-    """Also if its weights are so small that it hardly shows."""
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
-    config = BertConfig(**sizes, num_attention_heads=2, is_decoder=False)
+def bert(directory: Path, depth: int, scale: float = 1.0) -> str:
+    """A BERT that sees what comes, as it is published."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 300}
+    config = BertConfig(**sizes, num_hidden_layers=depth, num_attention_heads=2, is_decoder=False)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(1e-6 if small else 1)
-    model.save_pretrained(tmp_path)
+            p.mul_(scale)
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("depth, scale", [(2, 1), (2, 1e-6), (12, 1), (24, 1)])
+def test_a_model_that_sees_its_answers_is_refused(tmp_path: Path, depth: int, scale: float) -> None:
+    """Also if its weights are so small, or its layers so many, that it hardly shows."""
     with pytest.raises(UserError, match="this bert is no causal language model"):
-        AnswerModel(load_model(str(tmp_path))[0])
+        AnswerModel(load_model(bert(tmp_path, depth, scale))[0])
+
+
+@pytest.mark.parametrize("depth", [2, 6, 12])
+def test_positions_are_found_out_in_a_deep_model_too(depth: int) -> None:
+    """Norms behind each layer make tokens alike; padding that shifts positions still shows."""
+    for kind, expected in (("roberta", {"none"}), ("bart", {"groups", "single", "none"})):
+        row = dict(zoo.ZOO[kind])
+        depths = {
+            n: depth for n in row if n in ("num_hidden_layers", "decoder_layers", "encoder_layers")
+        }
+        assert depths, kind
+        row |= depths | {"vocab_size": 1536, "bos_token_id": 0, "eos_token_id": 0}
+        torch.manual_seed(0)
+        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **row))
+        model = AnswerModel(plain)
+        assert not model.pads_left and model.cache in expected, (kind, model.cache)
 
 
 def test_what_transformers_cannot_train_is_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -182,7 +228,7 @@ def test_what_transformers_cannot_train_is_refused(tokenizer: Any, tmp_path: Pat
         pytest.skip("this transformers has no Reformer")
     zoo.build("reformer", len(tokenizer)).save_pretrained(tmp_path)
     model = AnswerModel(load_model(str(tmp_path))[0])
-    with pytest.raises(UserError, match="reformer cannot be trained: If training, sequence length"):
+    with pytest.raises(UserError, match="reformer cannot be trained, in float32: If training"):
         probe.check_trainable(model)
 
 
@@ -289,6 +335,30 @@ def test_what_is_shipped_ends_as_it_was_trained_to(
             )
     model = AutoModelForCausalLM.from_pretrained(run / "best")
     assert model.generation_config.eos_token_id == 0
+
+
+def test_an_end_that_only_a_default_names_is_no_end(
+    llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """LlamaConfig's default is 2, a letter of this tokenizer."""
+    (llama / "generation_config.json").unlink()
+    config = json.loads((llama / "config.json").read_text()) | {"eos_token_id": 2}
+    (llama / "config.json").write_text(json.dumps(config))
+    assert train(train_config(llama, data_file, tmp_path / "run")) == 0
+    shipped = json.loads((tmp_path / "run" / "best" / "generation_config.json").read_text())
+    assert shipped["eos_token_id"] == 0
+
+
+def test_settings_that_transformers_would_not_write_are_kept(
+    llama: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """As Vicuna has them: temperature without do_sample."""
+    file = llama / "generation_config.json"
+    settings = {"temperature": 0.6, "top_p": 0.9}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7} | settings))
+    assert train(train_config(llama, data_file, tmp_path / "run")) == 0
+    shipped = json.loads((tmp_path / "run" / "best" / "generation_config.json").read_text())
+    assert shipped["eos_token_id"] == [0, 7] and settings.items() <= shipped.items()
 
 
 def test_the_tokenizers_files_are_shipped_unchanged(

@@ -112,15 +112,15 @@ def test_the_depth_is_how_far_nothing_trains(
         model, _ = load_model(str(model_dirs["gpt_neo"]))
         params = ModelParams(do_freeze=True, layers_not_to_freeze=[open_block], **flags)
         freeze.apply(model, params)
-        assert PrefixCache(model, probe).depth == depth
+        assert PrefixCache(model, model.base_model, probe).depth == depth
     model, _ = load_model(str(model_dirs["gpt_neo"]))
     with pytest.raises(UserError, match="depends on something that trains"):
-        PrefixCache(model, probe)
+        PrefixCache(model, model.base_model, probe)
     # Dropout in front: the same input gives other outputs each time.
     model = AutoModelForCausalLM.from_config(tiny_config("gpt_neo", 100, dropout=0.1))
     freeze.apply(model, ModelParams(do_freeze=True, layers_not_to_freeze=[-1], **flags))
     with pytest.raises(UserError, match="or on dropout"):
-        PrefixCache(model, probe)
+        PrefixCache(model, model.base_model, probe)
 
 
 @pytest.mark.parametrize("kind", KINDS)

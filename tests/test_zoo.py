@@ -126,6 +126,10 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     gradient = worst_gradient(plain, theirs)
     plain.eval()
     theirs.eval()
+    with torch.no_grad():  # opening, trying and training have left the weights as they were
+        ids = torch.from_numpy(samples.ids(3)[0].astype(np.int64))[None]
+        outputs = (one(ids, use_cache=False).logits for one in (plain, theirs))
+        assert probe.close(*outputs), name
     prompts = [
         Prompt(i, "", "", samples.ids(i)[0][: samples.ids(i)[1]].tolist())
         for i in range(len(samples))

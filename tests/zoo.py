@@ -396,6 +396,10 @@ ZOO: dict[str, dict[str, Any]] = {
     "rwkv": row(
         hidden_size=32, attention_hidden_size=32, num_hidden_layers=3, context_length=CONTEXT
     ),
+    # Deep enough to divide its own weights, as all published ones are.
+    "rwkv:deep": row(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=8, context_length=CONTEXT
+    ),
     "xlstm": row(
         hidden_size=64, qk_dim_factor=1.0, num_hidden_layers=3, num_heads=4, chunk_size=WINDOW
     ),
