@@ -151,7 +151,15 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
         f"{name:<24} {path} head:{head:<7} cache:{model.cache:<6} loss {off:.0e} "
         f"gradient {gradient:.0e} answers {min(right.values())}/{len(prompts)}  {shares}"
     )
-    assert off < 1e-4 and gradient < 1e-4, line
+    assert off < 1e-4, line
+    if gradient > 1e-4:
+        # Rounding grows in some models from layer to layer. Then the measure is float64, to which
+        # plain transformers in float32 must not be much nearer.
+        exact = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, experts_implementation="eager"
+        )
+        reference_loss(exact.train(), samples)
+        assert worst_gradient(plain, exact) < 2 * worst_gradient(theirs, exact) < 1e-2, line
     assert set(right.values()) == {len(prompts)}, (line, right)
     return line
 

@@ -116,7 +116,7 @@ def xlnet(**more: Any) -> dict[str, Any]:
 
 
 # An index score is zero when no head likes a token: many heads, so that no two tokens tie there.
-INDEX = row(index_topk=4, index_head_dim=16, index_n_heads=8)
+INDEX = row(index_topk=4, index_head_dim=16, index_n_heads=32)
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 SPARSE = ["dense", "sparse", "sparse"]
 
