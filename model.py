@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -699,12 +700,15 @@ def export(
     Args:
         files: see `tokenizer_files`.
     """
-    model.save_pretrained(directory, state_dict=weights)
-    # What the answers were trained to end with comes first, whatever the base model had. Not by
-    # `save_pretrained`, which refuses to write settings that many published models have.
-    ends = [tokenizer.eos_token_id, *configured_ends(model)]
-    generation = copy.deepcopy(model.generation_config)
-    ends = list(dict.fromkeys(ends))
+    # transformers refuses to write generation settings that many published models have, so these
+    # are written apart. What the answers were trained to end with comes first.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(directory, state_dict=weights)
+    finally:
+        model.generation_config = own
+    generation = copy.deepcopy(own)
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *configured_ends(model)]))
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.to_json_file(Path(directory) / "generation_config.json", use_diff=True)
     for name, content in files.items():
