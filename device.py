@@ -241,8 +241,10 @@ class Device:
         if self.ranks.world_size == 1:
             return model
         if strategy == "ddp":
+            # All ranks alike: those that look tell each other what they found.
+            looks = self.ranks.any(not reached)
             return DistributedDataParallel(
-                model, gradient_as_bucket_view=True, find_unused_parameters=not reached
+                model, gradient_as_bucket_view=True, find_unused_parameters=looks
             )
         self.lockstep = True
         mesh = init_device_mesh(self.kind, (self.ranks.world_size,))

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import sft
+import zoo
 from conftest import ROOT, cli, metrics_of, newest, train_config, weights_of, write_yaml
 
 
@@ -72,6 +73,24 @@ def config_for(model: Path, data: Path, run: Path, **changes: Any) -> Path:
     return write_yaml(
         run.with_suffix(".yaml"), train_config(model, data, run, **(settings | changes))
     )
+
+
+def test_ranks_train_a_model_of_which_a_text_reaches_only_a_part(
+    tokenizer: Any, uneven: Path, tmp_path: Path
+) -> None:
+    """TrOCR attends to an image too, where there is one."""
+    zoo.build("trocr", len(tokenizer), std=0.1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for count in (1, 2):
+        changes = {"data__batch_size": 8 // count, "model_params__learning_rate": 1e-4}
+        config = config_for(tmp_path / "model", uneven, tmp_path / str(count), **changes)
+        if count == 1:
+            assert cli("train", config, "--quiet") == 0
+        else:
+            run_ranks(count, tmp_path / "output", "train", config)
+    alone, shared = (weights_of(newest(tmp_path / str(count))) for count in (1, 2))
+    for name, tensor in alone.items():
+        assert torch.allclose(tensor, shared[name], rtol=1e-6, atol=1e-7), name
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
