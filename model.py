@@ -214,8 +214,7 @@ def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> l
             bad = int((~torch.isfinite(tensor)).sum())
             raise UserError(
                 f"{_place(name)}: damaged: of the {tensor.numel():,} numbers of {key} {bad:,} are "
-                f"not finite; fetch the model again, or go back to a checkpoint "
-                "from before"
+                "not finite; fetch the model again, or go back to a checkpoint from before"
             )
     remarks = []
     if unexpected:
@@ -226,8 +225,9 @@ def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> l
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head is not None and getattr(head, "weight", table.weight) is not table.weight:
-        remarks.append("the file has an output head of its own, so it is not tied, whatever config")
-        remarks[-1] += ".json says"
+        remarks.append(
+            "the file has an output head of its own, so it is not tied, whatever config.json says"
+        )
     return remarks
 
 
@@ -420,9 +420,17 @@ class AnswerModel(nn.Module):
             self.cache = "slots" if slots else probe.own_cache(self)
             self.takes_masks = probe.succeeds(probe.takes_masks, self)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
+    def _call(
+        self, module: nn.Module, input_ids: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the model or its backbone, with a cache of keys and values if there is one."""
+        if cache is not None and self.cache_name is not None:
+            kwargs[self.cache_name] = cache
+        return module(input_ids, use_cache=cache is not None, **kwargs)
+
+    def logits(self, input_ids: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
         """The model's own forward pass: [B, T] -> [B, T, V]."""
-        return self.model(input_ids, use_cache=False).logits
+        return self._call(self.model, input_ids, cache, kwargs).logits
 
     def hidden_states(
         self, input_ids: Tensor, lengths: list[int] | None = None, cache: Any = None, **kwargs: Any
@@ -434,9 +442,7 @@ class AnswerModel(nn.Module):
             kwargs["attention_mask"] = packed_mask(lengths, input_ids.device)
         elif self.makes_masks:
             kwargs["attention_mask"] = whole_mask(input_ids, kwargs.get("attention_mask"))
-        if cache is not None and self.cache_name is not None:
-            kwargs[self.cache_name] = cache
-        return self.backbone(input_ids, use_cache=cache is not None, **kwargs)[0]
+        return self._call(self.backbone, input_ids, cache, kwargs)[0]
 
     def head_is_plain(self) -> bool:
         return is_plain(self.model.get_output_embeddings())
@@ -526,10 +532,7 @@ class AnswerModel(nn.Module):
         if self.split:
             hidden = self.hidden_states(input_ids, None, cache, **kwargs)
             return self.head(hidden[rows, last]).float()
-        if cache is not None and self.cache_name is not None:
-            kwargs[self.cache_name] = cache
-        logits = self.model(input_ids, use_cache=cache is not None, **kwargs).logits
-        return logits[rows, last].float()
+        return self.logits(input_ids, cache, **kwargs)[rows, last].float()
 
 
 def _cross_entropy(logits: Tensor, target_ids: Tensor, reduction: str = "sum") -> Tensor:
