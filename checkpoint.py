@@ -16,13 +16,20 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from config import TrainConfig, UserError, resolved, walk
+from config import TrainConfig, Trainer, UserError, resolved, walk
+
+if TYPE_CHECKING:
+    from device import Device
 
 try:
     import fcntl
@@ -40,6 +47,80 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 
 class Damaged(UserError):
     """A checkpoint that is not what was written; the message names the file and the damage."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did.
+
+    loss: sum over the step's targets. grad_norm: global L2 norm before clipping. applied: the
+    weights changed. overflow: skipped by the GradScaler, which lowers its scale. tokens, targets:
+    of all ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    applied: bool
+    overflow: bool
+    tokens: int
+    targets: int
+    seconds: float
+
+
+@dataclass
+class State:
+    """The counters of a run; everything here is part of a checkpoint.
+
+    position counts the steps that were tried, global_step those that changed the weights. The
+    window_* sums run since the last log point. validated_at and saved_at are positions, or what
+    `moment` was; `seconds` are those of the steps alone, without validation and saving.
+    """
+
+    position: int = 0
+    global_step: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    bad_in_row: int = 0
+    overflows: int = 0
+    window_loss: float = 0.0
+    window_targets: int = 0
+    window_tokens: int = 0
+    window_seconds: float = 0.0
+    validated_at: int = -1
+    validated_step: int = 0
+    saved_at: tuple[int, int] | None = None
+    saved_step: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    seconds: float = 0.0
+    wandb_id: str = ""
+
+    def moment(self) -> tuple[int, int]:
+        """What a checkpoint stands for: after which step, and after which validation."""
+        return self.position, self.validated_at
+
+    def count(self, step: Step) -> None:
+        """Account for one tried step."""
+        self.position += 1
+        self.seconds += step.seconds
+        self.window_seconds += step.seconds
+        if step.applied:
+            self.global_step += 1
+            self.tokens += step.tokens
+            self.bad_in_row = 0
+            self.window_loss += step.loss
+            self.window_targets += step.targets
+            self.window_tokens += step.tokens
+        elif step.overflow:
+            self.overflows += 1
+        else:
+            self.bad_steps += 1
+            self.bad_in_row += 1
+
+    def start_window(self) -> None:
+        self.window_loss, self.window_seconds = 0.0, 0.0
+        self.window_targets = self.window_tokens = 0
 
 
 def step_name(global_step: int) -> str:
@@ -155,24 +236,36 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(run: Path) -> IO[str]:
-    """Hold a run's directory until the process ends; the kernel lets go however it ends.
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """A run's directory for this process alone, made if it is not there, without half a checkpoint.
+
+    The kernel lets go of the lock however the process ends.
 
     Raises:
-        UserError: another process trains there.
+        UserError: it cannot be written to, or another process trains there.
     """
-    handle = (run / ".lock").open("w")
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run}: another process is training in this directory") from None
-        except OSError:
-            pass  # a file system without locks
-    return handle
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        handle = (run / ".lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"trainer.checkpoint.dirpath: {run}: cannot be written to "
+            f"({error.strerror}); name a directory that can"
+        ) from None
+    with handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{run}: another process is training in this directory") from None
+            except OSError:
+                pass  # a file system without locks
+        _clean_up(run)
+        yield
 
 
-def clean_up(run: Path) -> None:
+def _clean_up(run: Path) -> None:
     """Remove what an interrupted save left behind, and finish an interrupted replacement."""
     if not run.is_dir():
         return
@@ -217,12 +310,6 @@ def verify(path: Path) -> None:
         Damaged: names the first file that is missing, shorter, longer or changed.
     """
     _check(path, hashes=True)
-
-
-def verify_ours(directory: Path) -> None:
-    """`verify` a model directory that has a manifest; others have nothing to be held against."""
-    if (directory / MANIFEST).exists():
-        verify(directory)
 
 
 def _check(path: Path, hashes: bool) -> None:
@@ -279,6 +366,137 @@ def find(ckpt_path: str, run: Path) -> tuple[Path, list[str]]:
     raise UserError("\n  ".join([f"{path}: no intact checkpoint", *remarks]))
 
 
+def resume_point(trainer: Trainer, warn: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, if the configuration asks for one; `warn` gets remarks.
+
+    Raises:
+        UserError: there is none where one is wanted, or a run that would be overwritten.
+    """
+    run, wanted = Path(trainer.checkpoint.dirpath), trainer.ckpt_path
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    there = steps(run)
+    if restarted and there:  # torchrun started the same command again after a failure
+        wanted = "last"
+    if wanted is None:
+        if there:
+            raise UserError(
+                f"trainer.checkpoint.dirpath: {run} already holds a run ({there[0].name}); go on "
+                "with it by trainer.ckpt_path=last, or name another directory by "
+                "trainer.checkpoint.dirpath=..."
+            )
+        if (run / "best").exists():
+            raise UserError(
+                f"trainer.checkpoint.dirpath: {run} holds best/ and nothing that could be resumed; "
+                "move it away, or name another directory"
+            )
+        return None
+    path, remarks = find(wanted, run)
+    for remark in remarks:
+        warn(remark)
+    newer = [p for p in there if number(p) > number(path)]
+    if newer and same_run(path, run) and not remarks:
+        raise UserError(
+            f"trainer.ckpt_path: {path} is older than {newer[0].name} in the same run; go on "
+            "with trainer.ckpt_path=last, or branch off with another "
+            f"{str(run)!r} in trainer.checkpoint.dirpath"
+        )
+    return path
+
+
+def same_run(path: Path, run: Path) -> bool:
+    """Whether a checkpoint lies in this run's directory, and is not that of another run."""
+    return path.resolve().parent == run.resolve()
+
+
+def find_model(name: str, warn: Callable[[str], None]) -> Path | str:
+    """A run's best (or newest intact) model, a model directory, or a hub id; `warn` gets remarks.
+
+    Raises:
+        UserError: a run directory without a model. Damaged: a checkpoint of ours is not intact.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        return name
+    if not (path / "config.json").exists():  # then it is to be a run's
+        best = path / "best"
+        if best.is_dir():
+            path = best
+        elif steps(path):
+            path, remarks = find(str(path), path)
+            for remark in [*remarks, f"{best}: there is none yet; {path} is used"]:
+                warn(remark)
+        else:
+            raise UserError(f"model_name: {path}: the directory has no config.json")
+    if (path / MANIFEST).exists():  # others have nothing to be held against
+        verify(path)
+    return path
+
+
+def details(directory: Path) -> dict[str, Any]:
+    """What stands in a model directory's sft.json (template, step, ...); {} without one."""
+    try:
+        content = json.loads((directory / DETAILS).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        raise Damaged(f"{directory / DETAILS}: damaged: not valid JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+# ------------------------------------------------------------------------- what a run consists of
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state dict in host memory, whole tensors; every rank must ask for it.
+
+    Rank 0, which writes them, gets the tensors, the others None. Names that share a tensor still
+    share it.
+    """
+    named = model.state_dict(keep_vars=True)
+    distinct = {id(tensor): tensor for tensor in named.values()}
+    whole = {i: _on_rank_zero(tensor) for i, tensor in distinct.items()}
+    return {name: whole[id(tensor)] for name, tensor in named.items()}
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` as `whole_state` has the model's; every rank must ask for it."""
+    content = optimizer.state_dict()
+    state = {
+        i: {name: _on_rank_zero(value) for name, value in values.items()}
+        for i, values in content["state"].items()
+    }
+    return {"state": state, "param_groups": content["param_groups"]}
+
+
+def _on_rank_zero(value: Any) -> Any:
+    """A tensor in rank 0's host memory, put together from all slices; others as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().cpu() if int(os.environ.get("RANK", 0)) == 0 else None
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
+    """Take over what `whole_optimizer_state` gave, on any device and number of ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, values in content["state"].items():
+        p = parameters[i]
+        state[i] = {
+            name: distribute_tensor(value, p.device_mesh, p.placements)
+            if isinstance(p, DTensor) and value.shape == p.shape
+            else value
+            for name, value in values.items()
+        }
+    # How the update is computed belongs to this device and not to the one that wrote it.
+    groups = [
+        before | {name: now[name] for name in ("fused", "foreach", "capturable")}
+        for before, now in zip(content["param_groups"], optimizer.param_groups)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """Read trainer_state.pt: tensors and plain values only.
 
@@ -294,15 +512,41 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def details(directory: Path) -> dict[str, Any]:
-    """What stands in a model directory's sft.json (template, step, ...); {} without one."""
+def restore(
+    path: Path,
+    config: TrainConfig,
+    identity: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    device: Device,
+) -> tuple[State, int, list[str]]:
+    """Take over a checkpoint's optimizer, scaler and generators.
+
+    Returns:
+        The counters, the size that metrics.jsonl had (0 for another run's), and remarks.
+
+    Raises:
+        UserError: it does not belong to this configuration, model or data.
+    """
+    stored = load_state(path)
     try:
-        content = json.loads((directory / DETAILS).read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError):
-        raise Damaged(f"{directory / DETAILS}: damaged: not valid JSON") from None
-    return content if isinstance(content, dict) else {}
+        remarks = check_same_run(stored, config, identity, path)
+        state = State(**stored["state"])
+        load_optimizer_state(optimizer, stored["optimizer"])
+        device.scaler.load_state_dict(stored["scaler"])
+        if device.ranks.rank < len(stored["rng"]):  # a further rank has its fresh seed
+            device.set_rng_state(stored["rng"][device.ranks.rank])
+        size = int(stored["metrics_size"])
+        before = stored["config"]["trainer"]["checkpoint"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a trainer state of this version: {error!r}") from None
+    now = resolved(config)["trainer"]["checkpoint"]
+    ours = same_run(path, Path(config.trainer.checkpoint.dirpath))
+    if not ours or any(before[key] != now[key] for key in ("log_obg", "mode")):
+        state.best_value, state.best_step = None, 0  # the best of another run or by another metric
+    if not ours:
+        state.wandb_id = ""
+    state.saved_at, state.saved_step = state.moment(), state.global_step
+    return state, size if ours else 0, remarks
 
 
 def check_same_run(

@@ -10,15 +10,21 @@ was found, what is allowed and the nearest known name. Nothing here imports torc
 
 from __future__ import annotations
 
-import copy
 import difflib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 
@@ -34,16 +40,12 @@ def first_line(error: Exception) -> str:
 
 DEFAULT_TEMPLATE = "Question: {question} \nAnswer:"
 
-# The original names are the names; these spellings are understood as well.
-ALIASES = {"truncate_prompt": "truncate_promt", "log_obj": "log_obg", "log_objective": "log_obg"}
+# Two keys were misspelt from the start. A file may use any spelling. Messages and stored settings
+# use the first, which is what earlier versions stored; Python uses the second, the correct one.
+TRUNCATE_PROMPT = ("truncate_promt", "truncate_prompt")
+LOG_OBJ = ("log_obg", "log_obj", "log_objective")
 
-PRECISIONS = {
-    "32": "32-true",
-    "16": "16-mixed",
-    "bf16": "bf16-mixed",
-    "64": "64-true",
-    "bf16-true": "bf16-true",
-}
+PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 # The values that validation can produce, and which way is better.
 VAL_LOSS_METRICS = {"val_loss": "min"}
@@ -56,46 +58,7 @@ VAL_TEXT_METRICS = {
     "val_token_f1": "max",
 }
 
-# Every other field of transformers' GenerationConfig, by the reason why it is refused.
-_REASONS = {
-    "one answer a question is decoded, token by token, greedily or by sampling": (
-        "assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
-        "assistant_lookbehind constraints diversity_penalty dola_layers early_stopping "
-        "force_words_ids guidance_scale is_assistant length_penalty low_memory "
-        "max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
-        "num_beam_groups num_beams num_return_sequences penalty_alpha prompt_lookup_num_tokens "
-        "speculation_type target_lookbehind use_mtp"
-    ),
-    "this change of the logits is not among those that the engine makes": (
-        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-        "renormalize_logits sequence_bias token_healing top_h watermarking_config"
-    ),
-    "the engine lays out its cache and compiles as it sees fit; see test_params.use_cache": (
-        "cache_config cache_implementation compile_config continuous_batching_config "
-        "disable_compile max_cache_len prefill_chunk_size return_legacy_cache"
-    ),
-    "write test_params.use_cache (or model_params.use_cache)": "use_cache",
-    "write max_new_tokens, which does not depend on the prompt": "max_length",
-    "write min_new_tokens, which does not depend on the prompt": "min_length",
-    "an answer must not depend on the machine's speed": "max_time",
-    "answers end at the tokenizer's EOS token; see eos_token_id": "stop_strings",
-    "padding is masked by position and needs no token of its own": "pad_token_id",
-    "the tokenizer decides it": "bos_token_id",
-    "causal models only": (
-        "decoder_start_token_id encoder_no_repeat_ngram_size encoder_repetition_penalty"
-    ),
-    "only texts are written": (
-        "output_attentions output_hidden_states output_logits output_scores return_dict_in_generate"
-    ),
-    "it would hide a broken model": "remove_invalid_values",
-}
-REFUSED_GENERATE_PARAMS = {
-    name: reason for reason, names in _REASONS.items() for name in names.split()
-}
-
-
-def _precision(value: Any) -> Any:
-    return PRECISIONS.get(str(value), value)
+# --------------------------------------------------------------------------------- kinds of values
 
 
 def _template(value: str) -> str:
@@ -124,29 +87,49 @@ def _batches_or_share(value: int | float) -> int | float:
 LARGEST = 2**31 - 1
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+TokenIds = Annotated[list[Count], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 CountOrMinusOne = Annotated[int, Field(ge=-1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+Template = Annotated[str, AfterValidator(_template)]
 Precision = Annotated[
     Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"],
-    BeforeValidator(_precision),
+    BeforeValidator(lambda value: PRECISIONS.get(str(value), value)),
 ]
 
 
-def key(default: Any, meaning: str, *, resume: Literal["fixed", "free"] = "fixed") -> Any:
-    """One configuration key. `default=...` makes it required.
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    resume: Literal["fixed", "free"] = "fixed",
+    spellings: tuple[str, ...] = (),
+    **more: Any,
+) -> Any:
+    """One configuration key; the default `...` makes it required.
 
     `resume` says what happens when a checkpoint was written with another value: `fixed` is an
     error (it would change what the stored state means), `free` means that the config wins and the
     change is named.
     """
-    return Field(default, description=meaning, json_schema_extra={"resume": resume})
+    if spellings:
+        more |= {
+            "validation_alias": AliasChoices(*spellings),
+            "serialization_alias": spellings[0],
+        }
+    return Field(default, description=meaning, json_schema_extra={"resume": resume}, **more)
 
 
-def free(default: Any, meaning: str) -> Any:
-    return key(default, meaning, resume="free")
+def free(default: Any, meaning: str, **rest: Any) -> Any:
+    """A key that a resumed run may change."""
+    return key(default, meaning, resume="free", **rest)
 
 
 def section(model: type[BaseModel]) -> Any:
+    """A part of the file that may be left out."""
     return Field(default_factory=model)
 
 
@@ -162,17 +145,15 @@ class Section(BaseModel):
 
 
 class WandbArgs(Section):
-    group: str | None = key(None, "groups runs in W&B", resume="free")
-    job_type: str | None = key(None, "W&B job type", resume="free")
-    name: str | None = key(None, "name of the run", resume="free")
-    project_name: str = key("sft", "W&B project", resume="free")
+    group: str | None = free(None, "groups runs in W&B")
+    job_type: str | None = free(None, "W&B job type")
+    name: str | None = free(None, "name of the run")
+    project_name: str = free("sft", "W&B project")
 
 
 class Wandb(Section):
-    api: str | None = key(
-        None,
-        "API key; null: `WANDB_API_KEY`, and without that offline. Never stored",
-        resume="free",
+    api: str | None = free(
+        None, "API key; null: `WANDB_API_KEY`, and without that offline. Never stored"
     )
     args: WandbArgs = section(WandbArgs)
 
@@ -184,43 +165,39 @@ class GenerateParams(Section):
     no_repeat_ngram_size: Count = free(
         0, "no n-gram of this size twice in prompt + answer; 0 = off"
     )
-    repetition_penalty: Annotated[float, Field(gt=0)] = free(1.0, "above 1 discourages repeats")
-    temperature: Annotated[float, Field(gt=0)] = free(1.0, "divides the logits when sampling")
+    repetition_penalty: Positive = free(1.0, "above 1 discourages repeats")
+    temperature: Positive = free(1.0, "divides the logits when sampling")
     top_k: Count = free(50, "sample among the k likeliest; 0 = all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "sample within this probability mass")
+    top_p: Probability = free(1.0, "sample within this probability mass")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = free(
         None, "sample tokens at least this likely relative to the likeliest"
     )
-    typical_p: Annotated[float, Field(gt=0, le=1)] = free(1.0, "locally typical sampling")
+    typical_p: Probability = free(1.0, "locally typical sampling")
     epsilon_cutoff: Share = free(0.0, "sample tokens at least this likely")
     eta_cutoff: Share = free(0.0, "entropy-dependent form of epsilon_cutoff")
-    bad_words_ids: list[Annotated[list[Count], Field(min_length=1)]] | None = free(
-        None, "token sequences never to generate"
-    )
+    bad_words_ids: list[TokenIds] | None = free(None, "token sequences never to generate")
     suppress_tokens: list[Count] | None = free(None, "token ids never to generate")
     begin_suppress_tokens: list[Count] | None = free(None, "token ids not to begin an answer with")
-    eos_token_id: Count | Annotated[list[Count], Field(min_length=1)] | None = free(
+    eos_token_id: Count | TokenIds | None = free(
         None, "what ends an answer; null: the tokenizer's EOS and what generation_config.json names"
     )
 
 
 class TrainData(Section):
-    batch_size: PositiveInt = key(8, "samples per micro-batch and rank", resume="free")
-    data_dir: str = key(
-        ..., "the data: a .json, .jsonl or .csv file, or a directory", resume="free"
-    )
+    batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
+    data_dir: str = free(..., "the data: a .json, .jsonl or .csv file, or a directory")
     question_key: str = key("Question", "name of the column or field with the question")
     answer_key: str = key("Answer", "name of the column or field with the answer")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
-    on_tpu: bool = key(
-        False, "static shapes: every batch padded to `max_length`; implied by `tpu`", resume="free"
+    on_tpu: bool = free(
+        False, "static shapes: every batch padded to `max_length`; implied by `tpu`"
     )
-    truncate_promt: bool = key(True, "shorten the question of a sample that is too long")
-    prompt_template: Annotated[str, AfterValidator(_template)] = key(
-        DEFAULT_TEMPLATE, "the prompt; holds `{question}` once"
+    truncate_prompt: bool = key(
+        True, "shorten the question of a sample that is too long", spellings=TRUNCATE_PROMPT
     )
+    prompt_template: Template = key(DEFAULT_TEMPLATE, "the prompt; holds `{question}` once")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = key(
         0.05, "share of `train` held out when the data has no `val` split"
     )
@@ -231,15 +208,15 @@ class ModelParams(Section):
     adam_betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = key(
         [0.9, 0.999], "AdamW's betas"
     )
-    do_compute_metrics: bool = key(
-        False, "also generate answers at each validation and score them", resume="free"
+    do_compute_metrics: bool = free(
+        False, "also generate answers at each validation and score them"
     )
-    learning_rate: Annotated[float, Field(gt=0)] = key(5e-5, "peak of the schedule")
-    use_cache: bool = key(True, "the model's KV cache while generating", resume="free")
+    learning_rate: Positive = key(5e-5, "peak of the schedule")
+    use_cache: bool = free(True, "the model's KV cache while generating")
     warmup_steps_per_cent: Annotated[float, Field(ge=0, le=100)] = key(
         0.03, "linear warm-up: below 1 a share of all steps, from 1 to 100 a percentage"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = key(0.01, "AdamW's; not on biases and norms")
+    weight_decay: NotNegative = key(0.01, "AdamW's; not on biases and norms")
     do_freeze: bool = key(False, "turns the `freeze_*` keys on")
     freeze_emb: bool = key(False, "token and position embeddings stay fixed")
     freeze_ln: bool = key(False, "every norm stays fixed, the final one included")
@@ -255,72 +232,62 @@ class ModelParams(Section):
         None, "run frozen lowest blocks once for all epochs and keep their outputs there"
     )
     from_scratch: bool = free(False, "initialise at random a model directory that has no weights")
-    val_generate_samples: PositiveInt = key(
-        64, "validation samples to answer when `do_compute_metrics`", resume="free"
+    val_generate_samples: PositiveInt = free(
+        64, "validation samples to answer when `do_compute_metrics`"
     )
     val_generate_params: GenerateParams = section(GenerateParams)
 
 
 class Checkpoint(Section):
-    dirpath: str = key(..., "directory of the run", resume="free")
-    every_n_train_steps: PositiveInt = key(
-        500, "optimizer steps between checkpoints", resume="free"
-    )
-    log_obg: str = key("val_loss", "metric that selects `best`", resume="free")
-    mode: Literal["min", "max"] = key("min", "whether less or more of it is better", resume="free")
-    save_top_k: PositiveInt = key(2, "newest resumable checkpoints to keep", resume="free")
+    dirpath: str = free(..., "directory of the run")
+    every_n_train_steps: PositiveInt = free(500, "optimizer steps between checkpoints")
+    log_obj: str = free("val_loss", "metric that selects `best`", spellings=LOG_OBJ)
+    mode: Literal["min", "max"] = free("min", "whether less or more of it is better")
+    save_top_k: PositiveInt = free(2, "newest resumable checkpoints to keep")
 
 
 class TrainerParams(Section):
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = key(
-        "auto", "where to run; naming an absent one is an error", resume="free"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps", "tpu"] = free(
+        "auto", "where to run; naming an absent one is an error"
     )
-    accumulate_grad_batches: PositiveInt = key(1, "batches per step", resume="free")
-    gradient_clip_val: Annotated[float, Field(ge=0)] | None = key(
+    accumulate_grad_batches: PositiveInt = free(1, "batches per step")
+    gradient_clip_val: NotNegative | None = key(
         1.0, "largest global L2 norm of the gradient; null or 0 = off"
     )
-    log_every_n_steps: PositiveInt = key(10, "optimizer steps between log points", resume="free")
-    max_epochs: CountOrMinusOne = key(
-        3, "passes over the data; -1 = until `max_steps`", resume="free"
-    )
-    max_steps: PositiveInt | None = key(None, "stop after so many optimizer steps", resume="free")
-    num_sanity_val_steps: CountOrMinusOne = key(
-        2, "validation batches before training; -1 = all, 0 = none", resume="free"
+    log_every_n_steps: PositiveInt = free(10, "optimizer steps between log points")
+    max_epochs: CountOrMinusOne = free(3, "passes over the data; -1 = until `max_steps`")
+    max_steps: PositiveInt | None = free(None, "stop after so many optimizer steps")
+    num_sanity_val_steps: CountOrMinusOne = free(
+        2, "validation batches before training; -1 = all, 0 = none"
     )
     overfit_batches: Annotated[int | float, AfterValidator(_batches_or_share)] = key(
         0, "train and validate on the same few batches (int) or share (float); 0 = off"
     )
     precision: Precision = key("32-true", "`32`, `16-mixed`, `bf16-mixed`, `bf16-true`, `64`")
-    val_check_interval: Annotated[int | float, AfterValidator(_fraction_or_steps)] = key(
-        1.0, "validate: float = share of an epoch, int = every so many steps", resume="free"
+    val_check_interval: Annotated[int | float, AfterValidator(_fraction_or_steps)] = free(
+        1.0, "validate: float = share of an epoch, int = every so many steps"
     )
-    strategy: Literal["ddp", "fsdp"] = key(
-        "ddp",
-        "with several ranks: `ddp` keeps a whole model on each, `fsdp` a slice of it",
-        resume="free",
+    strategy: Literal["ddp", "fsdp"] = free(
+        "ddp", "with several ranks: `ddp` keeps a whole model on each, `fsdp` a slice of it"
     )
-    compile: bool = key(False, "`torch.compile` the model", resume="free")
-    gradient_checkpointing: bool = key(
-        False, "recompute blocks in the backward pass: less memory, a third slower", resume="free"
+    compile: bool = free(False, "`torch.compile` the model")
+    gradient_checkpointing: bool = free(
+        False, "recompute blocks in the backward pass: less memory, a third slower"
     )
-    max_bad_steps: PositiveInt = key(
-        10, "stop after so many non-finite steps in a row", resume="free"
-    )
+    max_bad_steps: PositiveInt = free(10, "stop after so many non-finite steps in a row")
 
 
 class Trainer(Section):
     checkpoint: Checkpoint
-    ckpt_path: str | None = key(
-        None, "checkpoint to resume from, or `last`, or null", resume="free"
-    )
+    ckpt_path: str | None = free(None, "checkpoint to resume from, or `last`, or null")
     params: TrainerParams = section(TrainerParams)
 
 
 class TrainConfig(Section):
     data: TrainData
-    model_name: str = key(..., "hub id or local directory", resume="free")
+    model_name: str = free(..., "hub id or local directory")
     model_params: ModelParams = section(ModelParams)
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "all randomness")
+    seed: Seed = key(42, "all randomness")
     trainer: Trainer
     wandb: Wandb | None = Field(None, description="no section: W&B is off")
 
@@ -328,13 +295,13 @@ class TrainConfig(Section):
         produced = dict(VAL_LOSS_METRICS)
         if self.model_params.do_compute_metrics:
             produced |= VAL_TEXT_METRICS
-        metric, mode = self.trainer.checkpoint.log_obg, self.trainer.checkpoint.mode
+        metric, mode = self.trainer.checkpoint.log_obj, self.trainer.checkpoint.mode
         where = "trainer.checkpoint"
         if metric not in produced:
             hint = (
                 " (set model_params.do_compute_metrics: true to get it)"
                 if metric in VAL_TEXT_METRICS
-                else _did_you_mean(metric, produced)
+                else did_you_mean(metric, produced)
             )
             yield (
                 f"{where}.log_obg: found {metric!r}, which this run does not produce{hint}; "
@@ -374,8 +341,10 @@ class TestData(Section):
         "left", "changes no answer; where padding in front would change one, it stands behind"
     )
     split: str = key("test", "which split to answer")
-    truncate_promt: bool = key(True, "shorten the question of a prompt that is too long")
-    prompt_template: Annotated[str, AfterValidator(_template)] | None = key(
+    truncate_prompt: bool = key(
+        True, "shorten the question of a prompt that is too long", spellings=TRUNCATE_PROMPT
+    )
+    prompt_template: Template | None = key(
         None, "null: the checkpoint's own, else the default; another one than trained is an error"
     )
 
@@ -403,7 +372,7 @@ class TestConfig(Section):
     data: TestData
     generate_params: GenerateParams = section(GenerateParams)
     model_name: str = key(..., "hub id or local directory")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = key(42, "all randomness")
+    seed: Seed = key(42, "all randomness")
     test_params: TestParams
     wandb: Wandb | None = Field(None, description="no section: W&B is off")
 
@@ -439,56 +408,6 @@ def _is_default(model: BaseModel, name: str) -> bool:
 Config = TypeVar("Config", TrainConfig, TestConfig)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given
-    twice (plain YAML silently takes the last one)."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.deep_construct = True  # refuses an anchor that holds itself
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # <<: *anchor
-                continue
-            name = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if isinstance(name, (dict, list)):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be a word", problem_mark=key_node.start_mark
-                )
-            if name in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {name!r} is given twice", problem_mark=key_node.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        text = super().construct_scalar(node)
-        if isinstance(text, str) and not _is_text(text):
-            raise yaml.MarkedYAMLError(
-                problem="half a surrogate pair is not a character; write the character itself",
-                problem_mark=node.start_mark,
-            )
-        return text
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
 def load(schema: type[Config], path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read and check a YAML file.
 
@@ -500,10 +419,12 @@ def load(schema: type[Config], path: str | Path, overrides: list[str] | None = N
     Raises:
         UserError: with every problem of the file and the overrides in one message.
     """
-    raw = _read_yaml(Path(path))
+    from extras.strict_yaml import read
+
+    raw = read(Path(path))
     problems: list[str] = []
     for override in overrides or []:
-        _apply_override(raw, override, problems)
+        apply_override(raw, override, problems)
     return _validate(schema, raw, str(path), problems)
 
 
@@ -513,12 +434,12 @@ def from_dict(schema: type[Config], raw: dict[str, Any], name: str) -> Config:
 
 
 def _validate(schema: type[Config], raw: dict[str, Any], name: str, problems: list[str]) -> Config:
-    _rename_aliases(raw, "", problems)
     try:
         config = schema.model_validate(raw)
     except ValidationError as error:
-        problems += _describe_all(schema, error)
-        problems += _contradictions_of_the_rest(schema, raw, error)
+        from extras.config_errors import describe
+
+        problems += describe(schema, raw, error)
     else:
         problems += config.contradictions()
     if problems:
@@ -527,56 +448,18 @@ def _validate(schema: type[Config], raw: dict[str, Any], name: str, problems: li
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    try:
-        raw = _parse(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = str(error.problem).replace(
-            "found unconstructable recursive node", "an anchor (&) that holds itself"
-        )
-        raise UserError(f"{path}{where}: not valid YAML: {what}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else f"only a {type(raw).__name__}"
-        raise UserError(f"{path}: found {found}; allowed: a mapping of keys (data:, ...)")
-    return raw
+def apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Put `a.b=value` into a file's content, or say in `problems` what is wrong with it."""
+    from extras.strict_yaml import is_text, parse
 
-
-def _parse(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: it is not valid YAML.
-    """
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise
-    except RecursionError:
-        raise yaml.YAMLError("lists or mappings are nested too deeply") from None
-    except Exception as error:  # PyYAML's constructors raise anything: KeyError on `!!bool x`
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
-    return value
-
-
-def _apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> None:
     path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")) or not _is_text(override):
+    if not equals or not all(path.split(".")) or not is_text(override):
         # Only its beginning is shown: a misplaced word may be the W&B key.
         shown = repr(override if len(override) <= 12 else override[:12] + "...")
         problems.append(f"{shown} on the command line: an override is written key.path=value")
         return
     try:
-        value = _parse(text)
+        value = parse(text)
     except yaml.YAMLError:
         problems.append(f"{path}: the value on the command line is not valid YAML")
         return
@@ -587,47 +470,14 @@ def _apply_override(raw: dict[str, Any], override: str, problems: list[str]) -> 
         if not isinstance(child, dict):
             child = node[parent] = {}
         node = child
-    leaf = ALIASES.get(leaf, leaf)
-    for wrong, right in ALIASES.items():  # an override replaces the key however the file spells it
-        if right == leaf:
-            node.pop(wrong, None)
+    for other in spellings(leaf):  # an override replaces the key however the file spells it
+        node.pop(other, None)
     node[leaf] = value
 
 
-def _rename_aliases(node: Any, where: str, problems: list[str]) -> None:
-    if not isinstance(node, dict):
-        return
-    for name in list(node):
-        _rename_aliases(node[name], f"{where}{name}.", problems)
-        right = ALIASES.get(name) if isinstance(name, str) else None
-        if right and right in node:
-            problems.append(f"{where}{name}: found together with {right}; write only one")
-            del node[name]
-        elif right:
-            node[right] = node.pop(name)
-
-
-def _contradictions_of_the_rest(
-    schema: type[Config], raw: dict[str, Any], error: ValidationError
-) -> list[str]:
-    """Contradictions among the keys that are right by themselves, so that one message has all."""
-    rest = copy.deepcopy(raw)
-    for detail in error.errors(include_url=False):
-        if detail["type"] == "missing":
-            continue
-        node, last = rest, None
-        for part in detail["loc"]:  # drop the innermost named key that the error is about
-            if isinstance(node, dict) and part in node:
-                last, node = (node, part), node[part]
-        if last is not None:
-            last[0].pop(last[1], None)
-    for path, field in walk(schema):
-        if field.is_required():  # any text will do: it takes part in no contradiction
-            _apply_override(rest, f"{path}=unknown", [])
-    try:
-        return list(schema.model_validate(rest).contradictions())
-    except ValidationError:
-        return []
+def spellings(name: str) -> tuple[str, ...]:
+    """All names of a key that has several, or nothing."""
+    return next((names for names in (TRUNCATE_PROMPT, LOG_OBJ) if name in names), ())
 
 
 def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -637,7 +487,7 @@ def walk(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Field
         if inner is not None:
             yield from walk(inner, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield f"{prefix}{field.serialization_alias or name}", field
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
@@ -647,89 +497,15 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
     return None
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Any) -> str:
+    """The nearest of the known names, for a message; nothing if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _show(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to write out thousands of digits
-        text = "a number of thousands of digits"
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{text} ({type(value).__name__})"
-
-
-def _describe_all(schema: type[BaseModel], error: ValidationError) -> list[str]:
-    """pydantic's errors as lines; a value that fits no member of a union gives only one."""
-    lines: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
-        found, allowed = _describe(schema, detail)
-        if allowed not in lines.setdefault(found, []):
-            lines[found].append(allowed)
-    return [found + " or ".join(allowed) for found, allowed in lines.items()]
-
-
-def _describe(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
-    """One pydantic error: (path and what was found, what is allowed or the nearest name)."""
-    known = dict(walk(schema))
-    parts, kind = list(detail["loc"]), detail["type"]
-    if kind not in ("extra_forbidden", "invalid_key"):
-        # Members of unions add their own tags to the location; only keys and indices are kept.
-        names = {name for key_path in known for name in key_path.split(".")}
-        parts = [p for p in parts if isinstance(p, int) or p in names]
-    path = ".".join(str(p) if re.fullmatch(r"[\w-]+", str(p)) else repr(p) for p in parts)
-    if kind == "invalid_key":
-        return f"{path}: found {_show(detail['input'])} as a key; ", "a key must be a word"
-    if kind == "extra_forbidden":
-        *parents, leaf = map(str, parts)
-        inside = ".".join(parents)
-        if "." in leaf:
-            return f"{path}: unknown key; ", "a file nests its keys, dots are for the command line"
-        refused = REFUSED_GENERATE_PARAMS.get(leaf)
-        if refused and parents and parents[-1] in ("generate_params", "val_generate_params"):
-            return f"{path}: not supported: ", refused
-        siblings = {
-            p[len(inside) + 1 if inside else 0 :].split(".")[0]
-            for p in known
-            if not inside or p.startswith(inside + ".")
-        }
-        elsewhere = [p for p in known if p.split(".")[-1] == leaf]
-        hint = _did_you_mean(leaf, siblings)
-        if not hint and elsewhere:
-            hint = f"; did you mean {elsewhere[0]}?"
-        return f"{path}: unknown key", hint or "; known here: " + ", ".join(sorted(siblings))
-    if kind == "missing":
-        field = known.get(path)
-        what = f" ({field.description})" if field is not None else " (a section)"
-        return f"{path}: missing; ", f"it is required{what}"
-    allowed = re.sub(r"^(Value error, )?Input should (be )?", "", detail["msg"])
-    allowed = ALLOWED.get(kind, allowed)
-    # The W&B section may hold the API key, also where it was not meant to stand.
-    secret = bool(parts) and parts[0] == "wandb"
-    found = "a value that is not shown" if secret else _show(detail["input"])
-    return f"{path}: found {found}; allowed: ", allowed
-
-
-# pydantic's words for these are not ours.
-ALLOWED = {
-    "model_type": "a mapping of keys",
-    "int_type": "an integer",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "string_type": "a text",
-    "list_type": "a list",
-    "string_too_short": "a text that is not empty",
-    "finite_number": "a finite number",
-}
-
-
 def resolved(config: BaseModel) -> dict[str, Any]:
     """The whole configuration with every default filled in and without secrets."""
-    values = config.model_dump()
+    values = config.model_dump(by_alias=True)
     if values.get("wandb"):
         values["wandb"].pop("api", None)
     return values
@@ -737,39 +513,3 @@ def resolved(config: BaseModel) -> dict[str, Any]:
 
 def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
-
-
-def reference() -> str:
-    """docs/configuration.md: every key with its default and meaning."""
-    parts = [
-        "# Configuration",
-        "",
-        "Made from `config.py` by `python config.py > docs/configuration.md`; CI checks that it is",
-        "up to date. A key without a default is required. On the command line, `key.path=value`",
-        "behind the file's name replaces a key. *Resume* says what happens when a checkpoint is",
-        "resumed with another value: *fixed* is refused, *free* is used and named.",
-        "",
-        "`truncate_promt` and `log_obg` are the names; `truncate_prompt` and `log_obj` work too.",
-        "Without a `wandb` section, W&B is off.",
-    ]
-    for title, schema in (("trainer.yaml", TrainConfig), ("test.yaml", TestConfig)):
-        resume = schema is TrainConfig
-        parts += ["", f"## {title}", "", "| key | default | meaning |" + " resume |" * resume]
-        parts.append("|---|---|---|" + "---|" * resume)
-        for path, field in walk(schema):
-            extra = field.json_schema_extra
-            default = "required" if field.is_required() else f"`{_as_yaml(field.default)}`"
-            cells = [f"`{path}`", default, field.description or ""]
-            if resume:
-                cells.append(str(extra["resume"]) if isinstance(extra, dict) else "")
-            parts.append("| " + " | ".join(cells) + " |")
-    return "\n".join(parts) + "\n"
-
-
-def _as_yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).strip()
-    return text.removesuffix("...").strip().replace("\n", "\\n")
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -1,27 +1,25 @@
-"""Data: JSON -> pairs -> token arrays -> batches.
+"""Data: rows -> conversations -> token ids and target masks -> the order of steps -> batches.
 
     source = DataSource.open("data/facts.json")
-    samples = prepare_train(source.pairs("train"), encoder, max_length=128)
+    samples = prepare_train(source.conversations("train"), encoder, max_length=128)
     order = epoch_order(len(samples), samples_per_step=16, seed=1, epoch=0, lengths=samples.lengths)
+    batch = collate(samples, order[:16])
 
-A *sample* is a prompt and a target that were tokenised separately and joined, so that training and
-inference see the same prompt ids. Samples live in flat arrays (`Samples`), which are memory-mapped
-from a cache when the same data was prepared before.
+A question/answer pair is a conversation of two messages. `Encoder.encode` turns a conversation into
+token ids and a mask of those that are trained on; everything behind it knows only these two, and
+training, validation, `test` and `ask` all get their prompts from it.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import itertools
 import json
-import os
+import math
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,23 +30,41 @@ from checkpoint import sha256_of
 from config import DEFAULT_TEMPLATE, TestData, TrainData, UserError
 
 IGNORE = -100  # the label of a position that is not trained on (torch's cross_entropy default)
-SPLIT_NAMES = {"validation": "val"}
 POOL = 512  # samples that are sorted by length together; see epoch_order
-CHUNK = 1000  # pairs tokenised at a time
+CHUNK = 1000  # conversations tokenised at a time
 NEXT_WORD = re.compile(r"\s*\S*")
-LOOK_AHEAD = 24  # characters, longer than nearly every word; see Encoder.cut_prompt
+LOOK_AHEAD = 24  # characters, longer than nearly every word; see cut_question
 SHOWN_ROWS = 5
-LFS_POINTER = b"version https://git-lfs"
-CSV_FIELD = 2**31 - 1  # characters; Python's own limit is 131,072
+INPUT_IDS, TARGET_MASK = "input_ids.bin", "target_mask.bin"  # files of `prepare_train`
 
 
-# ------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------ conversations
 
 
-class Pair(NamedTuple):
-    row: int  # position in its split, counted from 1
-    question: str
-    answer: str
+class Message(NamedTuple):
+    role: str  # "user" or "assistant"
+    text: str
+
+
+class Conversation(NamedTuple):
+    """Messages in their order, and the row of the data file that they come from, from 1."""
+
+    row: int
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of_pair(cls, row: int, question: str, answer: str | None = None) -> Conversation:
+        """A question, and its answer unless the model is to give it."""
+        messages = (Message("user", question), Message("assistant", answer or ""))
+        return cls(row, messages[: 1 if answer is None else 2])
+
+    @property
+    def question(self) -> str:
+        return self.messages[0].text
+
+    @property
+    def answer(self) -> str | None:
+        return self.messages[1].text if len(self.messages) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -69,42 +85,10 @@ class DataSource:
         Raises:
             UserError: missing or broken file, or one that does not have the expected shape.
         """
+        from extras.formats import find_splits
+
         path = Path(data_dir)
-        try:
-            path.stat()
-        except (OSError, ValueError) as error:  # absent, forbidden, too long or not a path at all
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"data.data_dir: {path}: {reason.lower()}") from None
-        files = [path]
-        if path.is_dir():
-            named = [
-                p
-                for p in sorted(path.iterdir())
-                if p.suffix in (".jsonl", ".csv") and split_name(p.stem) in _SPLITS
-            ]
-            files = named or sorted(path.glob("*.json"))
-            if not files or (len(files) > 1 and not named):
-                found = ", ".join(p.name for p in files) or "none of these"
-                raise UserError(
-                    f"data.data_dir: {path}: a directory must hold train.jsonl (and val.jsonl, "
-                    f"test.jsonl; or .csv), or exactly one .json file; found {found}"
-                )
-        splits: dict[str, list[Any] | Path] = {}
-        for file in files:
-            refuse_lfs_pointer(file)
-            if file.suffix == ".json":
-                splits.update(_read_json(file, question_key, answer_key))
-            elif file.suffix in (".jsonl", ".csv"):
-                name = split_name(file.stem) if path.is_dir() else "train"
-                if name in splits:
-                    raise UserError(
-                        f"data.data_dir: {path}: {file.name} and {Path(str(splits[name])).name} "
-                        f"are both the split {name!r}; keep one of them"
-                    )
-                splits[name] = file
-            else:
-                raise UserError(f"{file}: found {file.suffix!r}; allowed: .json, .jsonl or .csv")
-        return cls(path, splits, question_key, answer_key)
+        return cls(path, find_splits(path), question_key, answer_key)
 
     @classmethod
     def configured(cls, data: TrainData | TestData) -> DataSource:
@@ -113,37 +97,37 @@ class DataSource:
 
     def has(self, split: str) -> bool:
         """Whether the split is there and has a row; an empty one counts as absent."""
-        rows = self.splits.get(split)
-        return rows is not None and next(_records(rows), None) is not None
+        from extras.formats import records
 
-    def pairs(self, split: str, *, empty_answers: bool = False) -> Iterator[Pair]:
-        """The checked (row, question, answer) of a split, in file order.
+        rows = self.splits.get(split)
+        return rows is not None and next(records(rows), None) is not None
+
+    def conversations(self, split: str, *, empty_answers: bool = False) -> Iterator[Conversation]:
+        """The conversations of a split, in file order.
 
         Raises:
             UserError: an absent split, or rows without a usable question and answer. The message
                 names the first few row numbers of each kind of problem.
         """
-        split = split_name(split)
+        from extras import formats
+
+        split = formats.split_name(split)
         if split not in self.splits:
-            hint = ""
-            if not set(_SPLITS) & self.splits.keys():  # then this is another name for one of them
-                name = next(iter(self.splits))
-                hint = ". " + _fix(self.path, f"{{{split!r}: d.pop({name!r}), **d}}")
-            found = ", ".join(self.splits)
-            raise UserError(f"{self.path}: no split {split!r}; found {found}{hint}")
+            raise UserError(f"{self.path}: no split {split!r}; found {', '.join(self.splits)}")
         rows = self.splits[split]
         name = str(rows if isinstance(rows, Path) else self.path)
+        keys = (self.question_key, self.answer_key)
         problems: dict[str, list[int]] = {}
         advice = ""
         count = 0
-        for row, record in enumerate(_records(rows), start=1):
+        for row, record in enumerate(formats.records(rows), start=1):
             count += 1
-            problem = self._problem(record, empty_answers)
+            problem = formats.problem(record, *keys, empty_answers)
             if problem:
                 problems.setdefault(problem, []).append(row)
-                advice = advice or self._advice(record, name)
+                advice = advice or formats.advice(record, *keys, name)
             elif not problems:
-                yield Pair(row, record[self.question_key], record[self.answer_key])
+                yield Conversation.of_pair(row, *(record[key] for key in keys))
         if count == 0:
             raise UserError(f"{name}: the split {split!r} is empty")
         if problems:
@@ -152,52 +136,6 @@ class DataSource:
                 f"{name}: {sum(map(len, problems.values()))} of {count} rows of {split!r} cannot "
                 "be used (rows count from 1)\n" + "\n".join(lines) + advice
             )
-
-    def _problem(self, record: Any, empty_answers: bool) -> str | None:
-        if not isinstance(record, dict):
-            return f"found {_kind(record)}; allowed: an object with {self._keys()}"
-        for name in (self.question_key, self.answer_key):
-            if name not in record:
-                return f"no {name!r}; found the keys {', '.join(map(repr, record)) or '(none)'}"
-            value = record[name]
-            if not isinstance(value, str):
-                return f"{name!r} is {_kind(value)}; allowed: a string, in quotes"
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                return f"{name!r} holds half a surrogate pair, which is not a character"
-        if None in record:  # so csv.DictReader names what is beyond the header
-            return "more columns than the header; a text with a comma stands in quotes"
-        if not record[self.answer_key].strip() and not empty_answers:
-            return f"{self.answer_key!r} is empty; there is nothing to learn from it"
-        return None
-
-    def _advice(self, record: Any, file: str) -> str:
-        """Two lines that put right a file whose columns have other names or another separator."""
-        if not isinstance(record, dict) or {self.question_key, self.answer_key} <= record.keys():
-            return ""
-        names = [name for name in record if isinstance(name, str)]
-        mark = next((c for c in ";\t|" if names and c in names[0]), None)
-        if file.endswith(".csv") and len(names) == 1 and mark:
-            return (
-                f"\n  its columns are separated by {mark!r}; two lines of Python make it commas:\n"
-                f"    import csv; rows = list(csv.reader(open({file!r}, encoding='utf-8-sig', "
-                f"newline=''), delimiter={mark!r}))\n"
-                f"    csv.writer(open({file!r}, 'w', encoding='utf-8', newline='')).writerows(rows)"
-            )
-        if len(names) < 2:
-            return ""
-        question = next((n for n in names if re.search("quest|prompt|instr", n, re.I)), names[0])
-        answers = "answ|resp|complet|output|target"
-        answer = next((n for n in names if re.search(answers, n, re.I)), names[-1])
-        return (
-            "\n  if these are other names for them, two lines under `data:` of the YAML say so:\n"
-            f"    question_key: {json.dumps(question, ensure_ascii=False)}\n"
-            f"    answer_key: {json.dumps(answer, ensure_ascii=False)}"
-        )
-
-    def _keys(self) -> str:
-        return f"{self.question_key!r} and {self.answer_key!r}"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -212,147 +150,11 @@ class DataSource:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def refuse_lfs_pointer(file: Path) -> None:
-    """Raise a UserError for what Git LFS leaves where it has not fetched the real file."""
-    try:
-        with file.open("rb") as handle:
-            start = handle.read(len(LFS_POINTER))
-    except OSError:
-        return  # whoever reads it says why
-    if start == LFS_POINTER:
-        raise UserError(
-            f"{file}: a Git LFS pointer, a few lines in place of the file itself; "
-            "`git lfs install && git lfs pull` in its repository fetches the file"
-        )
-
-
-_SPLITS = ("train", "val", "test")
-
-
-def split_name(name: str) -> str:
-    return SPLIT_NAMES.get(name, name)
-
-
 def numbered(rows: Sequence[int]) -> str:
     """Row numbers for a message: the first few and how many more."""
     shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
     more = len(rows) - SHOWN_ROWS
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {more} more" if more > 0 else "")
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "a string"}
-    shown = f" {value!r}" if isinstance(value, (bool, int, float)) else ""
-    return (
-        names.get(type(value), "true or false" if isinstance(value, bool) else "a number") + shown
-    )
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For the json module, which would silently take the last of two values of a key."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object has the key {twice!r} twice")
-    return made
-
-
-def _fix(file: Path, content: str) -> str:
-    """Two lines of Python that write `file` anew, with `content` made of its old content d."""
-    return (
-        "Two lines of Python put it right:\n"
-        f"  import json; d = json.load(open({str(file)!r}, encoding='utf-8-sig'))\n"
-        f"  json.dump({content}, open({str(file)!r}, 'w', encoding='utf-8'))"
-    )
-
-
-def _read_json(file: Path, question_key: str, answer_key: str) -> dict[str, list[Any] | Path]:
-    try:
-        with file.open(encoding="utf-8-sig") as handle:
-            content: Any = json.load(handle, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        hint = "; one object a line? Then name it .jsonl" if error.msg == "Extra data" else ""
-        raise UserError(
-            f"{file}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}{hint}"
-        ) from None
-    except (UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as UTF-8 JSON: {_reason(error)}") from None
-    shape = (
-        '{"train": [{"Question": "...", "Answer": "..."}, ...], "test": [...]} ("val" is optional)'
-    )
-    other = _other_shape(content, f"{{{question_key!r}: q, {answer_key!r}: a}}")
-    if other:
-        raise UserError(f"{file}: found {other[0]}; allowed: {shape}. {_fix(file, other[1])}")
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{file}: found {_kind(content)}; allowed: {shape}")
-    wrong = [name for name, rows in content.items() if not isinstance(rows, list)]
-    if wrong:
-        raise UserError(
-            f"{file}: {wrong[0]!r} is {_kind(content[wrong[0]])}, not a list of rows; "
-            f"allowed: {shape}"
-        )
-    twice = set(content) & set(SPLIT_NAMES) and set(content) & set(SPLIT_NAMES.values())
-    if twice:
-        raise UserError(f"{file}: found both 'val' and 'validation'; keep one of them")
-    return {split_name(name): rows for name, rows in content.items()}
-
-
-def _other_shape(content: Any, pair: str) -> tuple[str, str] | None:
-    """(what it is, what to make of it, as for `_fix`) of shapes that people often have.
-
-    pair: Python text of a row made of a question q and an answer a.
-    """
-
-    def texts(values: Any) -> bool:
-        return bool(values) and all(isinstance(value, str) for value in values)
-
-    if isinstance(content, list):
-        if all(isinstance(row, list) and len(row) == 2 for row in content):
-            return "a list of lists", f"{{'train': [{pair} for q, a in d]}}"
-        return "a list", "{'train': d}"
-    if not isinstance(content, dict):
-        return None
-    columns = list(content.values())
-    if texts(columns):
-        return "questions as keys", f"{{'train': [{pair} for q, a in d.items()]}}"
-    if len(columns) == 2 and all(isinstance(c, list) and texts(c) for c in columns):
-        return "two columns", f"{{'train': [{pair} for q, a in zip(*d.values())]}}"
-    return None
-
-
-def _records(rows: list[Any] | Path) -> Iterator[Any]:
-    if not isinstance(rows, Path):
-        yield from rows
-        return
-    try:
-        with rows.open(encoding="utf-8-sig", newline="") as handle:
-            if rows.suffix == ".csv":
-                csv.field_size_limit(CSV_FIELD)
-                yield from csv.DictReader(handle)
-                return
-            for number, line in enumerate(handle, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line, object_pairs_hook=_object)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{rows}, line {number}, column {error.colno}: not valid JSON: "
-                        f"{error.msg}; a .jsonl file has one object a line"
-                    ) from None
-                except (RecursionError, ValueError) as error:
-                    message = f"{rows}, line {number}: cannot be read: {_reason(error)}"
-                    raise UserError(message) from None
-                yield record
-    except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise UserError(f"{rows}: cannot be read as UTF-8 text: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply"
-    return getattr(error, "strerror", None) or str(error)
 
 
 def overlap(source: DataSource) -> dict[str, int]:
@@ -362,31 +164,34 @@ def overlap(source: DataSource) -> dict[str, int]:
     chance that two different ones meet is then about 1 in 30 million.
     """
 
-    def digest(*texts: str) -> bytes:
-        return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    def digest(*messages: Message) -> bytes:
+        text = "\0".join(message.text for message in messages)
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
     pairs: set[bytes] = set()
     questions: set[bytes] = set()
     total = 0
-    for _, question, answer in source.pairs("train"):
+    for _, messages in source.conversations("train"):
         total += 1
-        pairs.add(digest(question, answer))
-        questions.add(digest(question))
+        pairs.add(digest(*messages))
+        questions.add(digest(messages[0]))
     shared = 0
     if source.splits.get("test"):  # an empty list is no reason not to train
-        asked = (digest(pair.question) for pair in source.pairs("test", empty_answers=True))
-        shared = sum(question in questions for question in asked)
+        asked = source.conversations("test", empty_answers=True)
+        shared = sum(digest(messages[0]) in questions for _, messages in asked)
     return {"duplicates": total - len(pairs), "train_test_overlap": shared}
 
 
-# --------------------------------------------------------------------------------- tokenising
+# ----------------------------------------------------------------------------------- encoding
 
 
 class Encoder:
-    """Prompts and targets as token ids, whatever the tokenizer adds by itself.
+    """Conversations as token ids and target masks, whatever the tokenizer adds by itself.
 
-    A prompt gets the tokens that the tokenizer puts in front of a text (BOS, or nothing) and none
-    of those that it puts behind; a target is one space, the answer and one EOS.
+    The prompt is the template with the question in it, behind the tokens that the tokenizer puts
+    in front of a text (BOS, or nothing) and without those that it puts behind. The target is one
+    space, the answer and one EOS. The two are tokenised separately, so that the ids of a prompt are
+    the beginning of the ids of a sample.
     """
 
     def __init__(self, tokenizer: Any, template: str = DEFAULT_TEMPLATE) -> None:
@@ -397,71 +202,83 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.template = template
-        self.eos: int = tokenizer.eos_token_id
-        plain = self._ids(["a"], special=False)[0]
-        added = self._ids(["a"], special=True)[0]
+        plain = self._tokenize(["a"])[0]
+        added = tokenizer("a")["input_ids"]
         start = next((i for i in range(len(added)) if added[i : i + len(plain)] == plain), 0)
         self.prefix: list[int] = added[:start]
         # "<|endoftext|>" inside a question or an answer is text like any other and never a
         # control token, unless the template itself is written with control tokens.
         self.special_in_template = any(t in template for t in tokenizer.all_special_tokens)
 
-    def _ids(
-        self, texts: list[str], *, special: bool = False, split: bool = True
-    ) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], *, split_special: bool = True) -> list[list[int]]:
         if not texts:
             return []
         encoded = self.tokenizer(
             texts,
-            add_special_tokens=special,
-            split_special_tokens=split,
+            add_special_tokens=False,
+            split_special_tokens=split_special,
             return_attention_mask=False,
             verbose=False,
         )
         return encoded["input_ids"]
 
-    def prompts(self, questions: list[str]) -> list[list[int]]:
-        """Token ids of each question in the template."""
-        texts = [self.template.replace("{question}", question) for question in questions]
-        prompts = self._ids(texts, split=not self.special_in_template)
-        # A template that is written with the BOS token has the prefix already.
-        size = len(self.prefix)
-        return [ids if ids[:size] == self.prefix else self.prefix + ids for ids in prompts]
+    def encode(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[int]]]:
+        """(input_ids, target_mask) of each conversation; without an answer, those of its prompt.
 
-    def targets(self, answers: list[str]) -> list[list[int]]:
-        """Token ids of each answer, with one EOS at the end and none before."""
-        return [[*ids, self.eos] for ids in self._ids([" " + answer for answer in answers])]
-
-    def cut_prompt(self, question: str, room: int) -> list[int]:
-        """The prompt with its question shortened from the end until it has at most `room` ids.
-
-        The template's words stay whole; with no room for them either, the result is longer than
-        `room`. Bisection over characters, then a look further on: a whole word often is one
-        token where a part of it is three, so that bisection alone stops within a word that fits.
+        The mask has a 1 for each token that is trained on, and a 0 for each other one.
         """
-        low, high = 0, len(question)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if len(self.prompts([question[:middle]])[0]) <= room:
-                low = middle
-            else:
-                high = middle - 1
-        best = self.prompts([question[:low]])[0]
-        while low < len(question):
-            word = NEXT_WORD.match(question, low, low + LOOK_AHEAD)
-            ends = range(low + 1, (word.end() if word else low) + 1)
-            longer = self.prompts([question[:end] for end in ends])
-            fitting = [(end, ids) for end, ids in zip(ends, longer) if len(ids) <= room]
-            if not fitting:
-                break
-            low, best = fitting[-1]
-        return best
+        texts = [self.template.replace("{question}", c.question) for c in conversations]
+        prompts = self._tokenize(texts, split_special=not self.special_in_template)
+        answers = self._tokenize([f" {c.answer}" for c in conversations if c.answer is not None])
+        targets = iter(answers)
+        encoded = []
+        for conversation, prompt in zip(conversations, prompts):
+            # A template that is written with the BOS token has the prefix already.
+            if prompt[: len(self.prefix)] != self.prefix:
+                prompt = self.prefix + prompt
+            target: list[int] = []
+            if conversation.answer is not None:
+                target = [*next(targets), self.tokenizer.eos_token_id]
+            target_mask = [0] * len(prompt) + [1] * len(target)
+            target_mask[:1] = [0]  # nothing stands before a first token that could predict it
+            encoded.append((prompt + target, target_mask))
+        return encoded
+
+    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
+        """The ids that a model gets to answer each question."""
+        return [ids for ids, _ in self.encode([Conversation.of_pair(0, q) for q in questions])]
 
     def fingerprint(self) -> str:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
-        parts = [vocabulary, self.template, str(self.prefix), str(self.eos)]
+        parts = [vocabulary, self.template, str(self.prefix), str(self.tokenizer.eos_token_id)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def cut_question(encoder: Encoder, question: str, room: int) -> str:
+    """The question, shortened from its end until its prompt has at most `room` ids.
+
+    The template's words stay whole; with no room for them either, the result is empty and its
+    prompt longer than `room`. Bisection over characters, then a look further on: a whole word
+    often is one token where a part of it is three, so that bisection alone stops within a word
+    that fits.
+    """
+
+    def fits(*ends: int) -> list[bool]:
+        return [len(ids) <= room for ids in encoder.prompts([question[:end] for end in ends])]
+
+    low, high = 0, len(question)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle)[0] else (low, middle - 1)
+    while low < len(question):
+        word = NEXT_WORD.match(question, low, low + LOOK_AHEAD)
+        ends = range(low + 1, (word.end() if word else low) + 1)
+        fitting = [end for end, fit in zip(ends, fits(*ends)) if fit]
+        if not fitting:
+            break
+        low = fitting[-1]
+    return question[:low]
 
 
 @dataclass
@@ -491,220 +308,180 @@ class Counts:
 
 @dataclass
 class Samples:
-    """Tokenised samples in flat arrays.
+    """Encoded conversations in flat arrays, which may be mapped from a file.
 
-    tokens: int32 [all tokens]; starts: int64 [N + 1]; prompt_lengths: int32 [N];
-    rows: int32 [N], each sample's row in the data file, counted from 1.
+    input_ids: int32 [all tokens]; target_mask: uint8 [all tokens], 1 where a token is trained on.
+    Sample i is lengths[i] tokens from starts[i] on, target_lengths[i] of them targets, and comes
+    from row rows[i] of the data file, counted from 1; int64 [N] and int32 [N].
     """
 
-    tokens: np.ndarray
+    input_ids: np.ndarray
+    target_mask: np.ndarray
     starts: np.ndarray
-    prompt_lengths: np.ndarray
+    lengths: np.ndarray
+    target_lengths: np.ndarray
     rows: np.ndarray
     counts: Counts = field(default_factory=Counts)
-    index: np.ndarray | None = None  # a subset of the samples; None is all of them
 
-    def __post_init__(self) -> None:
-        if self.index is None:
-            self.index = np.arange(len(self.prompt_lengths))
-        self.lengths = np.diff(self.starts)[self.index]
-        # A first token cannot be a target, nothing stands before it (only with an empty prompt).
-        self.target_lengths = self.lengths - np.maximum(self.prompt_lengths[self.index], 1)
+    @classmethod
+    def of(
+        cls, input_ids: np.ndarray, target_mask: np.ndarray, index: np.ndarray, counts: Counts
+    ) -> Samples:
+        """index: int32 [N, 3], of each sample its length, its number of targets and its row."""
+        lengths = index[:, 0].astype(np.int64)
+        starts = np.cumsum(lengths) - lengths
+        return cls(input_ids, target_mask, starts, lengths, index[:, 1], index[:, 2], counts)
 
     def __len__(self) -> int:
-        assert self.index is not None
-        return len(self.index)
+        return len(self.starts)
 
-    def ids(self, i: int) -> tuple[np.ndarray, int]:
-        """(token ids [T], how many of them are the prompt) of sample i."""
-        assert self.index is not None
-        j = self.index[i]
-        return self.tokens[self.starts[j] : self.starts[j + 1]], int(self.prompt_lengths[j])
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids [T], target_mask [T]) of sample i."""
+        place = slice(self.starts[i], self.starts[i] + self.lengths[i])
+        return self.input_ids[place], self.target_mask[place]
 
-    def __getitem__(self, i: int) -> dict[str, list[int]]:
-        """`input_ids`, `attention_mask` and `labels` of sample i, each a list of length T."""
-        ids, prompt = self.ids(i)
-        tokens = ids.tolist()
-        labels = [IGNORE] * prompt + tokens[prompt:]
-        return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
-
-    def row(self, i: int) -> int:
-        assert self.index is not None
-        return int(self.rows[self.index[i]])
+    def prompt(self, i: int) -> list[int]:
+        """The ids of sample i up to its last answer, for a model to answer."""
+        input_ids, target_mask = self.sample(i)
+        begins = np.flatnonzero(np.diff(target_mask, prepend=0) == 1)
+        return input_ids[: begins[-1]].tolist()
 
     def subset(self, indices: np.ndarray) -> Samples:
-        assert self.index is not None
-        return Samples(
-            self.tokens,
-            self.starts,
-            self.prompt_lengths,
-            self.rows,
-            self.counts,
-            self.index[indices],
+        return replace(
+            self,
+            starts=self.starts[indices],
+            lengths=self.lengths[indices],
+            target_lengths=self.target_lengths[indices],
+            rows=self.rows[indices],
         )
 
 
 def prepare_train(
-    pairs: Iterable[Pair],
+    conversations: Iterable[Conversation],
     encoder: Encoder,
     max_length: int,
-    truncate_promt: bool = True,
+    truncate_prompt: bool = True,
     directory: Path | None = None,
 ) -> Samples:
-    """Tokenise pairs into samples of at most `max_length` ids.
+    """Encode conversations into samples of at most `max_length` ids.
 
     Args:
-        pairs: (row, question, answer), for instance from `DataSource.pairs`.
-        truncate_promt: true shortens the question of a sample that is too long, and the answer
+        truncate_prompt: true shortens the question of a sample that is too long, and the answer
             only if it does not fit beside an empty question (it then has no EOS to learn);
             false leaves the question alone and drops the sample's tail. A sample without any
-            target id left is dropped. All of it is counted in `Samples.counts`.
+            target left is dropped. All of it is counted in `Samples.counts`.
         directory: where to write the arrays; None keeps them in memory.
     """
     counts = Counts()
-    lengths: list[np.ndarray] = []
-    kept_rows: list[np.ndarray] = []
-    sink = _Sink(directory)
-    for chunk in _chunks(pairs, CHUNK):
-        prompts = encoder.prompts([pair.question for pair in chunk])
-        targets = encoder.targets([pair.answer for pair in chunk])
-        flat: list[int] = []
-        sizes: list[tuple[int, int]] = []
-        rows: list[int] = []
-        for (row, question, _), prompt, target in zip(chunk, prompts, targets):
-            if len(prompt) + len(target) > max_length:
-                whole = prompt
-                if truncate_promt:
-                    prompt = encoder.cut_prompt(question, max_length - len(target))
-                room = max_length - len(prompt)
-                if room < 1:
-                    counts.add("dropped", row)
-                    continue
-                if prompt != whole:
-                    counts.add("question_cut", row)
-                if room < len(target):
-                    counts.add("answer_cut", row)
-                    target = target[:room]
+    all_ids = _FlatArray(np.int32, directory and directory / INPUT_IDS)
+    all_masks = _FlatArray(np.uint8, directory and directory / TARGET_MASK)
+    index = [np.zeros((0, 3), dtype=np.int32)]
+    for chunk in _chunks(conversations, CHUNK):
+        flat_ids: list[int] = []
+        flat_mask: list[int] = []
+        sizes: list[tuple[int, int, int]] = []
+        for conversation, (ids, mask) in zip(chunk, encoder.encode(chunk)):
+            targets, question = sum(mask), conversation.question
+            if len(ids) > max_length:
+                if truncate_prompt:
+                    question = cut_question(encoder, question, max_length - targets)
+                    shorter = Conversation.of_pair(0, question, conversation.answer)
+                    ((ids, mask),) = encoder.encode([shorter])
+                ids, mask = ids[:max_length], mask[:max_length]
+            kept = sum(mask)
+            if not kept:
+                counts.add("dropped", conversation.row)
+                continue
             counts.kept += 1
-            flat += prompt
-            flat += target
-            sizes.append((len(prompt), len(prompt) + len(target)))
-            rows.append(row)
-        sink.write(np.array(flat, dtype=np.int32))
-        lengths.append(np.array(sizes, dtype=np.int32).reshape(-1, 2))
-        kept_rows.append(np.array(rows, dtype=np.int32))
-    both = np.concatenate(lengths) if lengths else np.zeros((0, 2), dtype=np.int32)
-    starts = np.concatenate([[0], np.cumsum(both[:, 1], dtype=np.int64)])
-    rows_array = np.concatenate(kept_rows) if kept_rows else np.zeros(0, dtype=np.int32)
-    return Samples(sink.close(), starts, both[:, 0].copy(), rows_array, counts)
+            if question != conversation.question:
+                counts.add("question_cut", conversation.row)
+            if kept < targets:
+                counts.add("answer_cut", conversation.row)
+            flat_ids += ids
+            flat_mask += mask
+            sizes.append((len(ids), kept, conversation.row))
+        all_ids.extend(flat_ids)
+        all_masks.extend(flat_mask)
+        index.append(np.array(sizes, dtype=np.int32).reshape(-1, 3))
+    return Samples.of(all_ids.finish(), all_masks.finish(), np.concatenate(index), counts)
 
 
-class _Sink:
-    """Collects int32 arrays in memory, or in a file that is memory-mapped at the end."""
+class _FlatArray:
+    """An array that grows, in memory or in a file, which is mapped at the end."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self.path = directory / "tokens.bin" if directory else None
-        self.handle = self.path.open("wb") if self.path else None
-        self.parts: list[np.ndarray] = []
+    def __init__(self, dtype: type[np.generic], path: Path | None) -> None:
+        self.dtype, self.path = dtype, path
+        self.handle = path.open("wb") if path else None
+        self.parts = [np.zeros(0, dtype)]
 
-    def write(self, array: np.ndarray) -> None:
+    def extend(self, values: list[int]) -> None:
+        array = np.array(values, dtype=self.dtype)
         if self.handle:
             array.tofile(self.handle)
         else:
             self.parts.append(array)
 
-    def close(self) -> np.ndarray:
+    def finish(self) -> np.ndarray:
         if self.handle is None or self.path is None:
-            return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.int32)
+            return np.concatenate(self.parts)
         self.handle.close()
-        return _map(self.path)
+        return map_array(self.path, self.dtype)
 
 
-def _map(path: Path) -> np.ndarray:
+def map_array(path: Path, dtype: type[np.generic]) -> np.ndarray:
+    """A file of numbers as an array, read where it is looked at."""
     if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=np.int32)
-    return np.memmap(path, dtype=np.int32, mode="r")
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _chunks(items: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
+def _chunks(items: Iterable[Conversation], size: int) -> Iterator[list[Conversation]]:
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk
 
 
-# -------------------------------------------------------------------------------- the cache
+@dataclass(frozen=True)
+class Splits:
+    """What is trained on and validated on, and all that the data's `train` split holds."""
+
+    train: Samples
+    val: Samples
+    whole: Samples
+    val_name: str  # of the split that `val` comes from
+    overlap: dict[str, int]
 
 
-def cached_samples(
-    source: DataSource, split: str, encoder: Encoder, max_length: int, truncate_promt: bool
-) -> tuple[Samples, dict[str, int]]:
-    """`prepare_train` of a split and `overlap` of the data, remembered between runs.
+def load_splits(
+    source: DataSource, encoder: Encoder, data: TrainData, overfit_batches: float, seed: int
+) -> Splits:
+    """The samples of a training, as the keys of its configuration say.
 
-    The cache key is a hash of everything the result depends on: the data's content, the
-    tokenizer, the template and the lengths. An entry appears by renaming a finished directory, so
-    a reader never sees half of one. `SFT_CACHE` names another place than ~/.cache/sft.
+    Raises:
+        UserError: rows that cannot be used, or a split without a target to learn.
     """
-    parts = (source.fingerprint, split, encoder.fingerprint(), max_length, truncate_promt, "v1")
-    name = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-    root = Path(os.environ.get("SFT_CACHE", "~/.cache/sft")).expanduser()
-    entry = root / name
-    found = _read_entry(entry)
-    if found is not None:
-        return found
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-    except OSError:  # a read-only home: the same work, in memory
-        samples = prepare_train(source.pairs(split), encoder, max_length, truncate_promt)
-        return samples, overlap(source)
-    try:
-        _write_entry(scratch, source, split, encoder, max_length, truncate_promt)
-        if _read_entry(entry) is None:  # else another process was first
-            shutil.rmtree(entry, ignore_errors=True)
-        scratch.rename(entry)
-    except OSError as error:
-        if _read_entry(entry) is None:
+    from extras.token_cache import cached_samples
+
+    whole, counts = cached_samples(source, "train", encoder, data.max_length, data.truncate_prompt)
+    train, val_name = whole, "train"
+    if overfit_batches:
+        share = not isinstance(overfit_batches, int)
+        size = overfit_batches * (len(whole) if share else data.batch_size)
+        train = val = whole.subset(np.arange(min(len(whole), max(1, math.ceil(size)))))
+    elif source.has("val"):
+        val_name = "val"
+        val, _ = cached_samples(source, "val", encoder, data.max_length, data.truncate_prompt)
+    elif len(whole):
+        train, val = hold_out(whole, data.val_fraction, seed)
+    else:
+        val = whole
+    for name, samples in (("train", train), (val_name, val)):
+        if int(samples.target_lengths.sum()) == 0:
             raise UserError(
-                f"{root}: cannot write the token cache: {error.strerror}; free some space, or "
-                "set SFT_CACHE to another directory"
-            ) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    made = _read_entry(entry)
-    if made is None:
-        raise UserError(f"{entry}: the token cache changes while it is used; start again")
-    return made
-
-
-_ARRAYS = ("starts", "prompt_lengths", "rows")
-
-
-def _read_entry(entry: Path) -> tuple[Samples, dict[str, int]] | None:
-    """What the cache holds; None if that is nothing, or damaged (say, by a loss of power)."""
-    try:
-        meta = json.loads((entry / "meta.json").read_text())
-        arrays = {n: np.load(entry / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
-        samples = Samples(_map(entry / "tokens.bin"), **arrays, counts=Counts(**meta["counts"]))
-        if len(samples.tokens) == samples.starts[-1] and len(samples) == samples.counts.kept:
-            return samples, meta["overlap"]
-    except (OSError, ValueError, EOFError, LookupError, TypeError):
-        pass
-    return None
-
-
-def _write_entry(
-    directory: Path,
-    source: DataSource,
-    split: str,
-    encoder: Encoder,
-    max_length: int,
-    truncate_promt: bool,
-) -> None:
-    samples = prepare_train(source.pairs(split), encoder, max_length, truncate_promt, directory)
-    for name in _ARRAYS:
-        np.save(directory / f"{name}.npy", getattr(samples, name))
-    meta = {"counts": asdict(samples.counts), "overlap": overlap(source)}
-    (directory / "meta.json").write_text(json.dumps(meta))
+                f"data: the split {name!r} has no target token to learn: "
+                f"{samples.counts.describe()}; raise data.max_length ({data.max_length})"
+            )
+    return Splits(train, val, whole, val_name, counts)
 
 
 def hold_out(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
@@ -722,6 +499,11 @@ def hold_out(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Sam
 
 
 # ---------------------------------------------------------------------------------- batches
+
+
+def by_length(lengths: np.ndarray) -> np.ndarray:
+    """The order from the shortest to the longest; those of one length stay in their order."""
+    return np.argsort(lengths, kind="stable")
 
 
 def epoch_order(
@@ -757,7 +539,7 @@ def epoch_order(
     parts = []
     for start in range(0, whole, pool):
         members = order[start : min(start + pool, whole)]
-        members = members[np.argsort(lengths[members], kind="stable")]
+        members = members[by_length(lengths[members])]
         steps = members.reshape(-1, samples_per_step)
         parts.append(steps[rng.permutation(len(steps))].ravel())
     return np.concatenate([*parts, order[whole:]])
@@ -770,7 +552,7 @@ def micro_batches(
 
     Every rank gets the same number of micro-batches; in a short last step some may be empty.
     """
-    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    rows = rows[by_length(lengths[rows])]
     round_size = batch_size * world_size
     rounds = [rows[i : i + round_size] for i in range(0, len(rows), round_size)]
     return [members[rank::world_size] for members in rounds]
@@ -784,7 +566,7 @@ class Batch:
     each is attended to alone. target_positions: int64 [M], indices into the B * T positions whose
     *next* token is a target. target_ids: int64 [M], those next tokens; IGNORE fills up static
     shapes. rows: the samples' indices, on the host. prefix: cached outputs of frozen blocks,
-    [B, T, C], see freeze.PrefixCache.
+    [B, T, C], see extras/frozen_prefix.py.
 
     No attention mask: a causal model cannot look at padding that comes after.
     """
@@ -800,7 +582,6 @@ class Batch:
 def collate(
     samples: Samples,
     rows: np.ndarray,
-    pad_id: int = 0,
     static_shape: tuple[int, int] | None = None,
     packed: bool = False,
 ) -> Batch:
@@ -808,10 +589,9 @@ def collate(
 
     Args:
         packed: without any padding, for a model that can tell the samples apart.
-        pad_id: any id that the model knows; what it is changes nothing.
         static_shape: (B, T) to pad to, for devices that compile for each shape.
     """
-    parts = [samples.ids(int(i)) for i in rows]
+    parts = [samples.sample(int(i)) for i in rows]
     lengths = [len(ids) for ids, _ in parts] or [1]
     if packed:
         height, width = 1, sum(lengths)
@@ -819,25 +599,22 @@ def collate(
     else:
         height, width = static_shape or (len(lengths), max(lengths))
         starts = np.arange(height) * width
-    input_ids = np.full(height * width, pad_id, dtype=np.int64)
-    positions: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    for start, (ids, prompt) in zip(starts, parts):
+    input_ids = np.zeros(height * width, dtype=np.int64)  # what pads changes nothing
+    positions: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    targets: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    for start, (ids, mask) in zip(starts, parts):
         input_ids[start : start + len(ids)] = ids
-        # Position t predicts token t + 1; a token without one before it cannot be a target.
-        first = max(prompt, 1)
-        positions.append(np.arange(first - 1, len(ids) - 1) + start)
-        targets.append(ids[first:])
-    position = np.concatenate(positions) if positions else np.zeros(0)
-    target = np.concatenate(targets) if targets else np.zeros(0)
+        chosen = np.flatnonzero(mask)
+        positions.append(chosen - 1 + start)  # position t predicts token t + 1
+        targets.append(ids[chosen])
     if static_shape:
-        missing = height * width - len(position)
-        position = np.concatenate([position, np.zeros(missing)])
-        target = np.concatenate([target, np.full(missing, IGNORE)])
+        missing = height * width - sum(map(len, positions))
+        positions.append(np.zeros(missing, dtype=np.int64))
+        targets.append(np.full(missing, IGNORE))
     return Batch(
         torch.from_numpy(input_ids.reshape(height, width)),
-        torch.from_numpy(position.astype(np.int64)),
-        torch.from_numpy(target.astype(np.int64)),
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate(targets)),
         np.asarray(rows),
         lengths=lengths if packed else None,
     )
@@ -848,6 +625,8 @@ def collate(
 
 @dataclass
 class Prompt:
+    """What a model is to answer, and the reference that its answer is compared with."""
+
     row: int
     question: str
     reference: str
@@ -855,34 +634,50 @@ class Prompt:
 
 
 def prepare_inference(
-    pairs: Iterable[Pair], encoder: Encoder, max_prompt_length: int, truncate_promt: bool = True
+    conversations: Iterable[Conversation],
+    encoder: Encoder,
+    max_prompt_length: int,
+    truncate_prompt: bool = True,
 ) -> tuple[list[Prompt], Counts]:
-    """Tokenise the questions of pairs exactly as `prepare_train` does.
+    """Encode the questions of conversations exactly as `prepare_train` does.
 
-    With `truncate_promt`, a question is shortened from its end until its prompt has at most
+    With `truncate_prompt`, a question is shortened from its end until its prompt has at most
     `max_prompt_length` ids; otherwise it is left whole.
     """
     prompts: list[Prompt] = []
     counts = Counts()
-    for chunk in _chunks(pairs, CHUNK):
-        for pair, ids in zip(chunk, encoder.prompts([pair.question for pair in chunk])):
-            if truncate_promt and len(ids) > max_prompt_length:
-                ids = encoder.cut_prompt(pair.question, max_prompt_length)
-                counts.add("question_cut", pair.row)
+    for chunk in _chunks(conversations, CHUNK):
+        for conversation, ids in zip(chunk, encoder.prompts([c.question for c in chunk])):
+            row, question, reference = conversation.row, conversation.question, conversation.answer
+            if truncate_prompt and len(ids) > max_prompt_length:
+                ids = encoder.prompts([cut_question(encoder, question, max_prompt_length)])[0]
+                counts.add("question_cut", row)
             counts.kept += 1
-            prompts.append(Prompt(pair.row, pair.question, pair.answer, ids))
+            prompts.append(Prompt(row, question, reference or "", ids))
     return prompts, counts
 
 
+def validation_prompts(
+    samples: Samples, count: int, source: DataSource, split: str
+) -> list[Prompt]:
+    """The questions of the first `count` samples, with the very ids that training sees."""
+    wanted = {int(samples.rows[i]): i for i in range(min(count, len(samples)))}
+    return [
+        Prompt(c.row, c.question, c.answer or "", samples.prompt(wanted[c.row]))
+        for c in source.conversations(split)
+        if c.row in wanted
+    ]
+
+
 def pad_prompts(
-    prompts: Sequence[list[int]], side: str, length: int | None = None, pad_id: int = 0
+    prompts: Sequence[list[int]], side: str, length: int | None = None
 ) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, int64 [B, T], of prompts padded on one side.
 
     T is the longest prompt's length, or `length` if that is more.
     """
     width = max([length or 0, *map(len, prompts)])
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    input_ids = torch.zeros((len(prompts), width), dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for b, ids in enumerate(prompts):
         place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)

@@ -9,25 +9,21 @@ other.
 
 from __future__ import annotations
 
-import ctypes
-import math
 import os
-import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import freeze
@@ -40,20 +36,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = {"64-true": torch.float64, "bf16-true": torch.bfloat16}  # float32 otherwise
 AUTOCAST = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did.
-
-    loss: sum over the step's targets. grad_norm: global L2 norm before clipping.
-    applied: the weights changed. overflow: skipped by the GradScaler, which lowers its scale.
-    """
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    overflow: bool
 
 
 Result = TypeVar("Result")
@@ -79,21 +61,21 @@ class Ranks:
             store = distributed.PrefixStore(attempt, store)
             distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on one rank at least."""
         if self.world_size == 1:
             return flag
         value = torch.tensor(int(flag))
         distributed.all_reduce(value, distributed.ReduceOp.MAX)
         return bool(value)
 
-    def add(self, tensor: Tensor) -> Tensor:
-        """Add up a tensor over all ranks, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in place."""
         if self.world_size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """The values of all ranks, in the order of the ranks, on every one of them."""
         values: list[Any] = [value]
         if self.world_size > 1:
@@ -101,7 +83,7 @@ class Ranks:
             distributed.all_gather_object(values, value)
         return values
 
-    def first(self, function: Callable[[], Result]) -> Result:
+    def on_rank_zero(self, function: Callable[[], Result]) -> Result:
         """Call it on rank 0 alone; its result on every rank.
 
         If it fails, rank 0 raises the error (and so reports it) and the others just exit.
@@ -129,12 +111,12 @@ class Ranks:
         For work whose result is kept on the machine's disk, so that it is done once.
         """
         if self.local_rank > 0:
-            self.any(False)
+            self.any_rank(False)
         try:
             yield
         finally:
             if self.local_rank == 0:
-                self.any(False)
+                self.any_rank(False)
 
 
 def explain(error: RuntimeError) -> str | None:
@@ -160,8 +142,8 @@ class Device:
     """A CPU, a CUDA GPU or an MPS GPU, and this process's place among the ranks.
 
     static_shapes: every batch must have the same shape, because each new one is compiled.
-    packs: whether batches without padding are worth it: one attention call for each sample, which
-        was measured on CPUs only and may cost a GPU more than it saves.
+    packing_pays: whether batches without padding are faster. They take one attention call for each
+        sample, which was measured on CPUs only and may cost a GPU more than it saves.
     shards: devices that this process spreads each batch over (the chips of a TPU).
     lockstep: a forward pass takes all ranks, because each has a slice of the parameters.
     """
@@ -179,7 +161,7 @@ class Device:
         index = self.ranks.local_rank if kind == "cuda" else None
         self.torch_device = torch.device(kind) if index is None else torch.device(kind, index)
         self.kind = kind
-        self.packs = kind == "cpu"
+        self.packing_pays = kind == "cpu"
         self.precision = precision
         self.weights_dtype = WEIGHTS.get(precision, torch.float32)
         self.autocast_dtype = AUTOCAST.get(precision)
@@ -187,7 +169,9 @@ class Device:
             raise UserError("trainer.params.precision: found 64; MPS has no float64")
         self.scaler = torch.amp.GradScaler(self.kind, enabled=precision == "16-mixed")
         if self.kind == "cpu":
-            _set_allocator(keep_freed=self.ranks.world_size == 1)
+            from extras.speed import set_allocator
+
+            set_allocator(keep_freed=self.ranks.world_size == 1)
         if self.kind == "cuda":
             if self.ranks.local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -242,7 +226,7 @@ class Device:
             return model
         if strategy == "ddp":
             # All ranks alike: those that look tell each other what they found.
-            looks = self.ranks.any(not reached)
+            looks = self.ranks.any_rank(not reached)
             return DistributedDataParallel(
                 model, gradient_as_bucket_view=True, find_unused_parameters=looks
             )
@@ -267,78 +251,29 @@ class Device:
         if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = now
 
-    def together(self, busy: bool) -> bool:
+    def goes_on(self, busy: bool) -> bool:
         """Whether to run another forward pass: in lockstep, as long as any rank has work."""
-        return self.ranks.any(busy) if self.lockstep else busy
-
-    def whole_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state dict in host memory, whole tensors; every rank must ask for it.
-
-        Rank 0, which writes them, gets the tensors, the others None. Names that share a tensor
-        still share it.
-        """
-        named = model.state_dict(keep_vars=True)
-        distinct = {id(tensor): tensor for tensor in named.values()}
-        whole = {i: self._whole(tensor) for i, tensor in distinct.items()}
-        return {name: whole[id(tensor)] for name, tensor in named.items()}
-
-    def whole_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """`optimizer.state_dict()` as `whole_state` has the model's; every rank must ask."""
-        content = optimizer.state_dict()
-        state = {
-            i: {name: self._whole(value) for name, value in values.items()}
-            for i, values in content["state"].items()
-        }
-        return {"state": state, "param_groups": content["param_groups"]}
-
-    def _whole(self, value: Any) -> Any:
-        """A tensor in rank 0's host memory, put together from all slices; others as they are."""
-        if not isinstance(value, Tensor):
-            return value
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-        return value.detach().cpu() if self.ranks.rank == 0 else None
-
-    def load_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, content: dict[str, Any]
-    ) -> None:
-        """Take over what `whole_optimizer_state` gave, on any device and number of ranks."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {}
-        for i, values in content["state"].items():
-            p = parameters[i]
-            state[i] = {
-                name: distribute_tensor(value, p.device_mesh, p.placements)
-                if isinstance(p, DTensor) and value.shape == p.shape
-                else value
-                for name, value in values.items()
-            }
-        # How the update is computed belongs to this device and not to the one that wrote it.
-        groups = [
-            before | {name: now[name] for name in ("fused", "foreach", "capturable")}
-            for before, now in zip(content["param_groups"], optimizer.param_groups)
-        ]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return self.ranks.any_rank(busy) if self.lockstep else busy
 
     # -------------------------------------------------------------------------- one step
 
     def feed(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         """(batch on the device, whether it is the last), each copied while another is worked on."""
         ready: Batch | None = None
-        for batch in self._upload(batches):
+        for batch in self._uploaded(batches):
             if ready is not None:
                 yield ready, False
             ready = batch
         if ready is not None:
             yield ready, True
 
-    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        return map(self.place, batches)
+    def _uploaded(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        return map(self.upload, batches)
 
     def synchronise(self) -> None:
         """The end of a piece of work, for devices that collect operations before they run them."""
 
-    def place(self, batch: Batch) -> Batch:
+    def upload(self, batch: Batch) -> Batch:
         return replace(
             batch,
             input_ids=self.move(batch.input_ids),
@@ -362,42 +297,17 @@ class Device:
             return nullcontext()
         return torch.autocast(self.kind, dtype=self.autocast_dtype)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's share of the step's mean loss to the gradients."""
-        # DDP and FSDP take the mean over the ranks; a step's gradient is the sum.
-        self.scaler.scale(loss * self.ranks.world_size).backward()
-
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        clip: float | None,
-        loss: Tensor,
-    ) -> StepResult:
-        """Unscale, clip, update and clear the gradients; `loss` is this rank's sum.
-
-        A non-finite loss or norm leaves weights and optimizer state as they are. This is where
-        the host waits for the device, once a step.
-        """
-        self.scaler.unscale_(optimizer)
-        loss = self.ranks.add(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss_value, norm_value = torch.stack([loss.double(), norm.double()]).tolist()
-        applied = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if applied:
-            if clip and norm_value > clip:
-                for p in parameters:
-                    if p.grad is not None:  # the factor of torch's clip_grad_norm_
-                        p.grad.mul_(clip / (norm_value + 1e-6))
+    def step_if(self, finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One optimizer step if `finite`; else weights and optimizer state stay as they are."""
+        if finite:  # here the host waits for the device, once a step
             self.scaler.step(optimizer)
-        scale = self.scaler.get_scale()
-        self.scaler.update()
-        # A scale below 1 cannot be what made a number too large: then it is the model or the data.
-        lowered = self.scaler.get_scale() < scale
-        overflow = not applied and lowered and math.isfinite(loss_value) and scale >= 1
-        optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss_value, norm_value, applied, overflow)
+
+    def read(self, *scalars: Tensor) -> list[float]:
+        """The values of scalars, which ends the device's work on a step."""
+        dtype = self.zero().dtype
+        values = torch.stack([scalar.to(dtype) for scalar in scalars])
+        self.synchronise()
+        return values.tolist()
 
     def peak_memory(self) -> int:
         """Bytes: the device's peak allocation, or the process's largest resident set on a CPU."""
@@ -415,39 +325,19 @@ class Device:
     # ------------------------------------------------------------------------ randomness
 
     def seed(self, seed: int) -> None:
-        """Seed every generator; each rank draws numbers of its own, for dropout."""
-        seed += self.ranks.rank
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        """Seed what training draws from; each rank draws numbers of its own, for dropout."""
+        torch.manual_seed(seed + self.ranks.rank)
 
-    def rng_state(self) -> dict[str, Any]:
-        """Every generator's state, as tensors and plain values (no pickled objects)."""
-        version, internal, gauss = random.getstate()
-        name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-        key_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
-        state = {
-            "python": [version, list(internal), gauss],
-            "numpy": [
-                name,
-                key_tensor,
-                position,
-                has_gauss,
-                cached,
-            ],
-            "torch": torch.get_rng_state(),
-        }
+    def rng_state(self) -> dict[str, Tensor]:
+        """The states of the generators that training draws from: torch's, of CPU and device."""
+        state = {"torch": torch.get_rng_state()}
         if self.kind == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.torch_device)
         if self.kind == "mps":
             state["mps"] = torch.mps.get_rng_state()
         return state
 
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        name, keys, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    def set_rng_state(self, state: dict[str, Tensor]) -> None:
         torch.set_rng_state(state["torch"])
         if self.kind == "cuda" and "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.torch_device)
@@ -455,29 +345,9 @@ class Device:
             torch.mps.set_rng_state(state["mps"])
 
 
-def _set_allocator(keep_freed: bool) -> None:
-    """Let glibc keep freed buffers for the next step, or return them to the kernel at once.
-
-    Activations and gradients are freed and allocated anew in every step; giving their pages back
-    and faulting them in again costs about 6 % of a step. With several ranks the threads that carry
-    gradients allocate too, each from a heap of its own, and what is kept there was measured to
-    make 4.2 GB of 2.9. Elsewhere than on glibc nothing happens.
-
-    oneDNN keeps the code for 1,024 shapes of products, about 0.6 MB each, although every step
-    brings new ones; those of one step are enough. It reads the variable at its first product.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    if not keep_freed:
-        mallopt(m_mmap_threshold, 2**20)
-        return
-    mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc allows
-    mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_top_pad, 64 * 2**20)
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which FSDP keeps a slice on each rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def available() -> list[str]:

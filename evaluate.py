@@ -26,40 +26,93 @@ from config import (
     resolved,
 )
 from data import (
+    Conversation,
+    Counts,
     DataSource,
     Encoder,
     Prompt,
     Samples,
+    Splits,
+    by_length,
     collate,
     micro_batches,
     prepare_inference,
+    validation_prompts,
 )
 from device import Device, open_device
 from extras import metrics, report
 from extras.console import Console, duration
-from extras.generation import Answer, check_token_ids, generate
+from extras.generation import Answer, Batching, Decoding, check_token_ids, generate
 from extras.wandb_log import WandbWriter
 from model import (
     AnswerModel,
+    Opened,
     check_ids,
     check_length,
     context_length,
     evaluating,
-    load_model,
-    load_tokenizer,
+    open_model,
     parameters_in,
 )
 
 # ---------------------------------------------------------------------------------- validation
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a validation works with.
+
+    prompts: questions to answer as well, none without `do_compute_metrics`. batch_size,
+    static_shape: of the batches that the loss is computed in.
+    """
+
+    samples: Samples
+    prompts: list[Prompt]
+    decoding: Decoding
+    batching: Batching
+    batch_size: int
+    static_shape: tuple[int, int] | None
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainConfig,
+        splits: Splits,
+        source: DataSource,
+        model: AnswerModel,
+        batch_size: int,
+        static_shape: tuple[int, int] | None,
+    ) -> Validation:
+        """As a configuration says.
+
+        Raises:
+            UserError: answers would not fit into the model's context, or name unknown tokens.
+        """
+        params, prompts = config.model_params, list[Prompt]()
+        if params.do_compute_metrics:
+            count = params.val_generate_samples
+            prompts = validation_prompts(splits.val, count, source, splits.val_name)
+            where = "model_params.val_generate_params"
+            check_token_ids(params.val_generate_params, model, where)
+            longest = max(len(prompt.input_ids) for prompt in prompts)
+            context = context_length(model.model)
+            new = params.val_generate_params.max_new_tokens
+            if context is not None and longest + new > context:
+                raise UserError(
+                    f"{where}.max_new_tokens: found {new}; allowed: at most {context - longest}, "
+                    f"the model's context ({context}) less the longest prompt"
+                )
+        decoding = Decoding(params.val_generate_params, config.seed)
+        pad_to = static_shape[1] if static_shape else None
+        batching = Batching(2 * batch_size, params.use_cache, pad_to=pad_to)
+        return cls(splits.val, prompts, decoding, batching, batch_size, static_shape)
+
+
 def summed_loss(
     model: AnswerModel,
-    samples: Samples,
+    validation: Validation,
     device: Device,
-    batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
-    shape: tuple[int, int] | None = None,
     max_batches: int | None = None,
 ) -> tuple[float, int] | None:
     """(summed loss, number of targets) over samples, longest first; None if stopped.
@@ -68,70 +121,54 @@ def summed_loss(
     ranks share the samples, and all of them get the sums over all.
 
     Args:
-        shape: (B, T) that every batch is padded to; None: to its longest sample.
         max_batches: of each rank.
     """
-    ranks = device.ranks
-    order = np.argsort(-samples.lengths, kind="stable")
+    ranks, samples, size = device.ranks, validation.samples, validation.batch_size
+    order = by_length(-samples.lengths)
     if max_batches is not None:
-        order = order[: max_batches * batch_size * ranks.world_size]
-    parts = micro_batches(order, batch_size, -samples.lengths, ranks.rank, ranks.world_size)
+        order = order[: max_batches * size * ranks.world_size]
+    parts = micro_batches(order, size, -samples.lengths, ranks.rank, ranks.world_size)
+    shape = validation.static_shape
     total = device.zero()
     with torch.no_grad(), evaluating(model):
-        made = (collate(samples, rows, static_shape=shape, packed=model.packs) for rows in parts)
-        for batch, _ in device.feed(made):
-            if ranks.any(should_stop()):
+        for batch, _ in device.feed(collate(samples, p, shape, model.can_pack) for p in parts):
+            if ranks.any_rank(should_stop()):
                 return None
             with device.autocast():
                 total += model(batch)
             device.synchronise()
-    return float(ranks.add(total)), int(samples.target_lengths[order].sum())
+    return float(ranks.all_reduce(total)), int(samples.target_lengths[order].sum())
 
 
 def validate(
     model: AnswerModel,
-    samples: Samples,
-    prompts: Sequence[Prompt],
-    encoder: Encoder,
-    config: TrainConfig,
+    tokenizer: Any,
+    validation: Validation,
     device: Device,
-    batch_size: int,
-    shape: tuple[int, int] | None,
     should_stop: Callable[[], bool],
 ) -> tuple[dict[str, float], list[dict[str, Any]]] | None:
-    """Validation metrics, and the answered `prompts` with their scores; None if stopped.
+    """Validation metrics, and the answered prompts with their scores; None if stopped.
 
     Draws from no generator that training uses, so training goes on as if this had not been.
     """
-    result = summed_loss(model, samples, device, batch_size, should_stop, shape)
+    result = summed_loss(model, validation, device, should_stop)
     if result is None:
         return None
     loss = result[0] / result[1]
     values = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+    prompts, ranks = validation.prompts, device.ranks
     if not prompts:
         return values, []
-    ranks = device.ranks
+    own = prompts[ranks.rank :: ranks.world_size]
     with evaluating(model):
-        own = list(
-            generate(
-                model,
-                prompts[ranks.rank :: ranks.world_size],
-                config.model_params.val_generate_params,
-                device,
-                eos=encoder.eos,
-                seed=config.seed,
-                batch_size=2 * batch_size,
-                use_cache=config.model_params.use_cache,
-                pad_to=shape[1] if shape else None,
-                should_stop=should_stop,
-            )
-        )
-    answers = [answer for part in ranks.gather(own) for answer in part]
+        decoding, batching = validation.decoding, validation.batching
+        done = list(generate(model, own, device, decoding, batching, should_stop))
+    answers = [answer for part in ranks.all_gather(done) for answer in part]
     if len(answers) < len(prompts):
         return None
     answers.sort(key=lambda answer: answer.prompt.row)
-    records = [describe(answer, encoder, texts=True) for answer in answers]
-    summary = metrics.summarize(records, seed=config.seed, resamples=0)
+    records = [describe(answer, tokenizer, texts=True) for answer in answers]
+    summary = metrics.summarize(records, seed=decoding.seed, resamples=0)
     values |= {f"val_{n}": summary[n]["value"] for n in SCORES}
     return values, records
 
@@ -140,9 +177,9 @@ STATIC_STEP = 128  # tokens
 SCORES = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 
-def describe(answer: Answer, encoder: Encoder, texts: bool) -> dict[str, Any]:
+def describe(answer: Answer, tokenizer: Any, texts: bool) -> dict[str, Any]:
     """An answer as one line of the log; `texts` adds BLEU and ROUGE."""
-    generated = encoder.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+    generated = tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
     reference = answer.prompt.reference.strip()
     scores = metrics.score_sample(generated, reference)
     if not texts:
@@ -175,7 +212,7 @@ def test(config: TestConfig, quiet: bool, should_stop: Callable[[], bool]) -> bo
             return False
         console.say()
     if device.ranks.rank == 0:
-        console.say(compare(logs, config.seed))
+        console.say(metrics.compare_logs(logs, config.seed))
     return True
 
 
@@ -198,41 +235,39 @@ def test_model(
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    place = find_model(path or config.model_name, console)
-    about = checkpoint.details(place) if isinstance(place, Path) else {}
-    template = about.get("prompt_template", config.data.prompt_template or DEFAULT_TEMPLATE)
+    source = DataSource.configured(config.data)
+    conversations = list(source.conversations(config.data.split, empty_answers=True))
+    place = checkpoint.find_model(path or config.model_name, console.warn)
+    opened = open_model(place, from_scratch=config.test_params.from_scratch, seed=config.seed)
+    template = opened.template or config.data.prompt_template or DEFAULT_TEMPLATE
     if config.data.prompt_template not in (None, template):
         raise UserError(
             f"data.prompt_template: found {config.data.prompt_template!r}, but {place} was "
-            f"trained with {template!r}; remove the key or put that one"
+            f"trained with {template!r}; remove the key or write that template"
         )
-    source = DataSource.configured(config.data)
-    tokenizer = load_tokenizer(str(place))
-    encoder = Encoder(tokenizer, template)
-    prompts, counts = prepare_inference(
-        source.pairs(config.data.split, empty_answers=True),
-        encoder,
-        config.data.max_prompt_length,
-        config.data.truncate_promt,
+    model, remarks, encoder = (
+        opened.model.eval(),
+        opened.remarks,
+        Encoder(opened.tokenizer, template),
     )
-    plain, remarks = load_model(
-        str(place), from_scratch=config.test_params.from_scratch, seed=config.seed
+    prompts, counts = prepare_inference(
+        conversations, encoder, config.data.max_prompt_length, config.data.truncate_prompt
     )
     longest = max(len(prompt.input_ids) for prompt in prompts)
     check_length(
-        plain,
+        model.model,
         longest + config.generate_params.max_new_tokens,
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
-    references = encoder.targets([prompt.reference for prompt in prompts])
-    given = (*references, *(prompt.input_ids for prompt in prompts))
-    largest = max((max(ids) for ids in given if ids), default=0)
-    remarks += check_ids(plain, tokenizer, largest, config.data.data_dir)
-    model = AnswerModel(plain).eval()
+    references = reference_samples(encoder, prompts, context_length(model.model))
+    largest = max(
+        int(references.input_ids.max(initial=0)), *(max(p.input_ids, default=0) for p in prompts)
+    )
+    remarks += check_ids(model.model, opened.tokenizer, largest, config.data.data_dir)
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
     row = console.row
-    row("model", f"{place}, {parameters_in(plain.parameters()):,} parameters")
+    row("model", f"{place}, {parameters_in(model.parameters()):,} parameters")
     for remark in remarks:
         row("", remark)
     row("device", f"{device.describe()}, 32-true")
@@ -241,21 +276,21 @@ def test_model(
     row("", f"longest prompt {longest} tokens, at most {new} new ones")
     log = AnswerLog(log_file, identity(config, place, source, template))
     ranks = device.ranks
-    records = ranks.first(lambda: log.open(len(prompts), config.test_params.save_steps))
+    records = ranks.on_rank_zero(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
         console.say(f"resume    {len(records)} of {len(prompts)} answers are there already")
     console.say(f"answers   {log.path}")
     first, started, tokens = len(records), time.monotonic(), 0
     while len(records) < len(prompts):
-        if ranks.any(should_stop()):
+        if ranks.any_rank(should_stop()):
             console.say(
                 f"stopped: {len(records)} of {len(prompts)} answers are kept in {log.path}; the "
                 "same command goes on from there"
             )
             return False
         window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        done = answer_window(model, encoder, window, config, device)
-        ranks.first(partial(log.append, done))
+        done = answer_window(opened, encoder, window, config, device)
+        ranks.on_rank_zero(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
         spent = time.monotonic() - started
@@ -270,7 +305,7 @@ def test_model(
     log.write_summary(summary, len(records))
     title = f"{place} on {config.data.data_dir} [{config.data.split}]"
     report.write_report(log.beside(".html"), title, summary, records)
-    console.say(table(summary))
+    console.say(metrics.table(summary))
     console.say(f"scores    {log.beside('.summary.json')}")
     console.say(f"report    {log.beside('.html')}")
     if config.wandb is not None:
@@ -284,43 +319,52 @@ def test_model(
 
 
 def answer_window(
-    model: AnswerModel,
-    encoder: Encoder,
-    prompts: Sequence[Prompt],
-    config: TestConfig,
-    device: Device,
+    opened: Opened, encoder: Encoder, prompts: Sequence[Prompt], config: TestConfig, device: Device
 ) -> list[dict[str, Any]]:
     """The finished log records of `prompts`, in their order.
 
     The ranks share the prompts; the records of all are on every rank.
     """
-    ranks = device.ranks
+    ranks, params = device.ranks, config.test_params
     own = prompts[ranks.rank :: ranks.world_size]
-    answers = list(
-        generate(
-            model,
-            own,
-            config.generate_params,
-            device,
-            eos=encoder.eos,
-            seed=config.seed,
-            batch_size=config.test_params.batch_size,
-            use_cache=config.test_params.use_cache,
-            padding_side=config.data.padding_side,
-            pad_to=config.data.max_prompt_length
-            if config.data.padding or device.static_shapes
-            else None,
-        )
+    padded = config.data.padding or device.static_shapes
+    batching = Batching(
+        params.batch_size,
+        params.use_cache,
+        config.data.padding_side,
+        config.data.max_prompt_length if padded else None,
     )
+    decoding = Decoding(config.generate_params, config.seed)
+    answers = list(generate(opened.model, own, device, decoding, batching))
     answers.sort(key=lambda answer: answer.prompt.row)
-    records = [
-        describe(answer, encoder, texts=config.test_params.do_compute_metrics) for answer in answers
-    ]
-    references = reference_losses(model, encoder, own, device, config.test_params.batch_size)
-    for record, (loss, count) in zip(records, references):
+    records = [describe(answer, opened.tokenizer, params.do_compute_metrics) for answer in answers]
+    losses = reference_losses(opened.model, encoder, own, device, params.batch_size)
+    for record, (loss, count) in zip(records, losses):
         record |= {"reference_nll": round(loss, 6), "reference_tokens": count}
-    everyone = [record for part in ranks.gather(records) for record in part]
+    everyone = [record for part in ranks.all_gather(records) for record in part]
     return sorted(everyone, key=lambda record: record["row"])
+
+
+def reference_samples(encoder: Encoder, prompts: Sequence[Prompt], context: int | None) -> Samples:
+    """The prompts with their reference answers and EOS; one that does not fit loses its tail."""
+    pairs = [Conversation.of_pair(p.row, p.question, p.reference) for p in prompts]
+    flat_ids: list[int] = []
+    flat_mask: list[int] = []
+    index = []
+    for prompt, (ids, mask) in zip(prompts, encoder.encode(pairs)):
+        # The question may have been cut; what is answered is the prompt as it was given.
+        target = ids[len(ids) - mask.count(1) :]
+        ids = [*prompt.input_ids, *target][:context]
+        mask = ([0] * len(prompt.input_ids) + [1] * len(target))[: len(ids)]
+        flat_ids += ids
+        flat_mask += mask
+        index.append((len(ids), sum(mask), prompt.row))
+    return Samples.of(
+        np.array(flat_ids, dtype=np.int32),
+        np.array(flat_mask, dtype=np.uint8),
+        np.array(index, dtype=np.int32).reshape(-1, 3),
+        Counts(kept=len(index)),
+    )
 
 
 def reference_losses(
@@ -330,55 +374,19 @@ def reference_losses(
     device: Device,
     batch_size: int,
 ) -> list[tuple[float, int]]:
-    """(-log p of the reference answer and its EOS, number of these tokens) for each prompt.
-
-    A reference that does not fit behind its prompt loses its tail.
-    """
-    context = context_length(model.model)
-    parts = []
-    for prompt, target in zip(prompts, encoder.targets([p.reference for p in prompts])):
-        room = len(target) if context is None else context - len(prompt.input_ids)
-        parts.append((prompt.input_ids, target[:room]))
-    samples = Samples(
-        np.array([token for ids, target in parts for token in (*ids, *target)], dtype=np.int32),
-        np.cumsum([0, *(len(ids) + len(target) for ids, target in parts)]),
-        np.array([len(ids) for ids, _ in parts], dtype=np.int32),
-        np.array([prompt.row for prompt in prompts], dtype=np.int32),
-    )
+    """(-log p of the reference answer and its EOS, number of these tokens) for each prompt."""
+    samples = reference_samples(encoder, prompts, context_length(model.model))
     results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
-    order = np.argsort(-samples.lengths, kind="stable")
-    batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    batches = micro_batches(np.arange(len(samples)), batch_size, -samples.lengths)
     shape = None
-    if device.static_shapes and len(order):  # rounded up, so that few windows need a new one
+    if device.static_shapes and len(samples):  # rounded up, so that few windows need a new one
         shape = (batch_size, -(-int(samples.lengths.max()) // STATIC_STEP) * STATIC_STEP)
-    for batch, _ in device.feed(collate(samples, rows, static_shape=shape) for rows in batches):
+    for batch, _ in device.feed(collate(samples, rows, shape) for rows in batches):
         losses = model.target_losses(batch).cpu().double()
         counts = samples.target_lengths[batch.rows].tolist()
         for row, part in zip(batch.rows, losses[: sum(counts)].split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
-
-
-def find_model(name: str, console: Console) -> Path | str:
-    """A run directory's best (or newest intact) model, a model directory, or a hub id.
-
-    Raises:
-        UserError: a run directory without a model. Damaged: a checkpoint of ours is not intact.
-    """
-    path = Path(name)
-    if not path.is_dir():
-        return name
-    if not (path / "config.json").exists():
-        best = path / "best"
-        if best.is_dir():
-            path = best
-        else:
-            path, remarks = checkpoint.find(str(path), path)
-            for remark in remarks:
-                console.warn(remark)
-            console.warn(f"{best}: there is none yet; {path} is used")
-    checkpoint.verify_ours(path)
-    return path
 
 
 def identity(
@@ -399,8 +407,9 @@ def identity(
         "from_scratch": config.test_params.from_scratch,
         "save_steps": config.test_params.save_steps,
     }
+    data = resolved(config)["data"]
     for name in ("split", "max_prompt_length", "truncate_promt"):
-        values[f"data.{name}"] = getattr(config.data, name)
+        values[f"data.{name}"] = data[name]
     for name, value in config.generate_params.model_dump().items():
         values[f"generate_params.{name}"] = value
     return values
@@ -480,68 +489,3 @@ class AnswerLog:
         content = {"samples": samples, "scores": summary, "settings": self.identity}
         text = json.dumps(content, indent=1)
         checkpoint.write_file(self.beside(".summary.json"), text.encode())
-
-
-def table(summary: dict[str, Any]) -> str:
-    """The corpus scores with their 95 % intervals, for the console."""
-    rows = [f"{'metric':<18}{'value':>9}   95 % interval"]
-    for name, entry in summary.items():
-        interval = f"{entry['low']:.4g} to {entry['high']:.4g}"
-        rows.append(f"{name:<18}{entry['value']:>9.4g}   {interval}")
-    return "\n".join(rows)
-
-
-COMPARED_SAMPLES = 5
-
-
-def compare(logs: list[Path], seed: int) -> str:
-    """Finished logs side by side, each against the first by a paired bootstrap.
-
-    Raises:
-        UserError: a log that cannot be read, or logs of different questions.
-    """
-    contents = [_read_log(log) for log in logs]
-    names = [f"{letter}: {log}" for letter, log in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", logs)]
-    parts = [*names, ""]
-    for name, other in zip(names[1:], contents[1:]):
-        letter = name[0]
-        try:
-            differences = metrics.compare(contents[0], other, seed=seed)
-            changed = metrics.most_changed(contents[0], other, COMPARED_SAMPLES)
-        except ValueError as error:
-            raise UserError(f"{logs[0]} and {name[3:]} cannot be compared: {error}") from None
-        parts.append(
-            f"{'metric':<14}{'A':>9}{letter:>9}{letter + ' - A':>11}   95 % interval        p"
-        )
-        for metric, entry in differences.items():
-            interval = f"{entry['low']:+.4g} to {entry['high']:+.4g}"
-            parts.append(
-                f"{metric:<14}{entry['value_a']:>9.4g}{entry['value_b']:>9.4g}"
-                f"{entry['difference']:>+11.4g}   {interval:<20} {entry['p']:.3f}"
-            )
-        for kind in ("better", "worse"):
-            parts.append(
-                f"\n{letter} is {kind} most in:"
-                if changed[kind]
-                else f"\n{letter} is {kind} in none"
-            )
-            for entry in changed[kind]:
-                parts.append(
-                    f"  {entry['question']}\n    expected {entry['reference']!r}; A "
-                    f"{entry['generated_a']!r}; {letter} {entry['generated_b']!r}"
-                )
-        parts.append("")
-    return "\n".join(parts).rstrip()
-
-
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    try:
-        records = [json.loads(line) for line in path.read_bytes().splitlines()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        records = [None]
-    needed = {"question", "reference", "generated", "token_f1"}
-    if not all(isinstance(record, dict) and needed <= record.keys() for record in records):
-        raise UserError(f"{path}: not a log of answers, as `test` writes one")
-    return records

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,25 +29,27 @@ from transformers import (
     PreTrainedModel,
 )
 
+import checkpoint
 import freeze
 from config import ModelParams, UserError, first_line
-from data import IGNORE, Batch, refuse_lfs_pointer
+from data import IGNORE, Batch
 from extras import probe
-from extras.speed import SdpaGPTNeoAttention, is_plain, packed_mask, product, speed_up, whole_mask
+from extras.speed import (
+    ChunkedLoss,
+    SdpaGPTNeoAttention,
+    is_plain,
+    packed_mask,
+    speed_up,
+    whole_mask,
+)
 
 if TYPE_CHECKING:
     from extras.frozen_prefix import PrefixCache
 
 # Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
-# the largest buffer that device._set_allocator can keep).
+# the largest buffer that speed.set_allocator can keep).
 LOGITS_PER_CHUNK = 2**23
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-# Masks, positions and rotations that older versions of transformers stored with the weights.
-# And the scales of an 8-bit cache.
-NOT_WEIGHTS = re.compile(
-    r"(inv_freq|(cos|sin)_cached|(masked|attn\.|attention\.)_?bias|causal_mask|position_ids"
-    r"|[kv]_scale)$"
-)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,12 +64,59 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-SHOWN_KEYS = 4
 # What configs call a soft cap on the logits.
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-# ----------------------------------------------------------------------------------- loading
+# ----------------------------------------------------------------------------------- opening
+
+
+@dataclass
+class Opened:
+    """A model that is ready to be trained, tested or asked, and what belongs to it.
+
+    place: the directory or hub id that it comes from. files: its tokenizer's, by their names.
+    template: the one that it was trained with, if it is ours. remarks: for the user.
+    """
+
+    place: Path | str
+    model: AnswerModel
+    tokenizer: Any
+    files: dict[str, bytes]
+    template: str | None
+    remarks: list[str]
+
+
+def open_model(
+    place: Path | str,
+    *,
+    from_scratch: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Opened:
+    """Open a hub id, a model directory or a checkpoint, see `checkpoint.find_model`.
+
+    Args:
+        from_scratch: a directory without weights is initialised at random from `seed`; weights
+            that are there are used all the same.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is not what it says it is.
+    """
+    _quiet_libraries()
+    name = str(place)
+    tokenizer = load_tokenizer(name)
+    loaded, remarks = load_model(name, from_scratch=from_scratch, dtype=dtype, seed=seed)
+    model = AnswerModel(loaded)
+    model.end_ids = list(dict.fromkeys([tokenizer.eos_token_id, *model.end_ids]))
+    template = checkpoint.details(Path(place)).get("prompt_template")
+    return Opened(place, model, tokenizer, _tokenizer_files(name, tokenizer), template, remarks)
+
+
+def _configured_ends(model: PreTrainedModel) -> list[int]:
+    """The ids that the model's generation_config.json ends texts with."""
+    ids = model.generation_config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def load_tokenizer(name: str) -> Any:
@@ -91,8 +141,7 @@ def load_model(
 
     Args:
         name: hub id or local directory.
-        from_scratch: a directory without weights is initialised at random from `seed`; weights
-            that are there are used all the same.
+        from_scratch, seed: see `open_model`.
 
     Returns:
         The model and remarks for the user, such as that its weights are random.
@@ -135,6 +184,8 @@ def load_model(
         options["attn_implementation"] = "eager"
     if dtype == torch.float64:  # the fast product of experts has none
         options["experts_implementation"] = "eager"
+    from extras.weights import check_loaded
+
     try:
         if from_scratch and not has_weights:
             torch.manual_seed(seed)
@@ -144,7 +195,9 @@ def load_model(
             model, found = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-            remarks += _check_loaded(name, model, found)
+            weights = [p for pattern in WEIGHT_FILES for p in sorted(path.glob(pattern))]
+            file = str(weights[0]) if len(weights) == 1 else _place(name)
+            remarks += check_loaded(file, model, found)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
                 remarks.append(f"stored in {_name(stored)}, loaded as {_name(dtype)}")
@@ -162,82 +215,12 @@ def load_model(
 
 def _refuse_pointers(directory: Path, *patterns: str) -> None:
     """Raise a UserError for a file that `git lfs` has not fetched yet."""
+    from extras.weights import refuse_lfs_pointer
+
     if directory.is_dir():
         for pattern in patterns:
             for file in directory.glob(pattern):
                 refuse_lfs_pointer(file)
-
-
-def _check_loaded(name: str, model: PreTrainedModel, found: dict[str, Any]) -> list[str]:
-    """Refuse weights that are not those of the model; remarks on ones that it has no use for.
-
-    Args:
-        found: what `from_pretrained` reports with `output_loading_info`. Tied parameters that the
-            file holds once are not in it.
-    """
-    weights = [p for pattern in WEIGHT_FILES for p in sorted(Path(name).glob(pattern))]
-    place = f"{weights[0] if len(weights) == 1 else _place(name)}: not the weights of this model"
-    missing = sorted(found["missing_keys"])
-    unexpected = sorted(k for k in found["unexpected_keys"] if not NOT_WEIGHTS.search(k))
-    mismatched = sorted(found["mismatched_keys"], key=str)
-    if mismatched:
-        lines = [f"{key}: found {list(a)}; config.json wants {list(b)}" for key, a, b in mismatched]
-        raise UserError(f"{place}: {_parameters(len(lines))} of another shape\n{_some(lines)}")
-    if missing:
-        other = ""
-        if unexpected:
-            other = f"\n  found {_parameters(len(unexpected))} that it has no place for:"
-            other += f"\n{_some(unexpected)}"
-            wrapper = unexpected[0].removesuffix(missing[0])
-            if wrapper and all(key.startswith(wrapper) for key in unexpected):
-                other += f"\n  every name begins with {wrapper!r}, as torch.compile and DDP write"
-                other += " it; save the model that is inside of them"
-        raise UserError(f"{place}: missing {_parameters(len(missing))}\n{_some(missing)}{other}")
-    # A head for another task may be left over; another block, or a bias that a module lacks, means
-    # that config.json is about another model.
-    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
-    stacks = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    base = f"{model.base_model_prefix}."
-    for key in unexpected:
-        parts = key.split(".")
-        inside = [".".join(parts[:i]) for i in range(1, len(parts))]
-        if {f"{base}{inside[-1]}", inside[-1]} & owners or any(
-            {f"{base}{name}", name} & stacks for name in inside
-        ):
-            raise UserError(
-                f"{place}: found {_parameters(len(unexpected))} that it has no place for, some in "
-                "its own blocks: config.json has other sizes (num_hidden_layers, say), or the file "
-                f"holds an adapter or layers for multi-token prediction\n{_some(unexpected)}"
-            )
-    for key, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise UserError(
-                f"{_place(name)}: damaged: of the {tensor.numel():,} numbers of {key} {bad:,} are "
-                "not finite; fetch the model again, or go back to a checkpoint from before"
-            )
-    remarks = []
-    if unexpected:
-        shown = ", ".join(unexpected[:SHOWN_KEYS])
-        shown += ", ..." if len(unexpected) > SHOWN_KEYS else ""
-        count = _parameters(len(unexpected))
-        remarks.append(f"not used: {count} that a causal LM has no place for ({shown})")
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head is not None and getattr(head, "weight", table.weight) is not table.weight:
-        remarks.append(
-            "the file has an output head of its own, so it is not tied, whatever config.json says"
-        )
-    return remarks
-
-
-def _parameters(count: int) -> str:
-    return "1 parameter" if count == 1 else f"{count:,} parameters"
-
-
-def _some(lines: list[str]) -> str:
-    more = [f"... and {len(lines) - SHOWN_KEYS} more"] if len(lines) > SHOWN_KEYS else []
-    return "\n".join(f"  {line}" for line in [*lines[:SHOWN_KEYS], *more])
 
 
 def _own_memory(model: PreTrainedModel) -> None:
@@ -315,6 +298,22 @@ def check_ids(model: PreTrainedModel, tokenizer: Any, largest: int, where: str) 
     return []
 
 
+def refuse_router_loss(name: str, config: Any) -> None:
+    """Raise a UserError if the configuration asks for a loss beside that of the answers.
+
+    transformers adds the experts' load-balancing loss as a product of means over all tokens of a
+    batch, padding and prompts included. No sum over micro-batches gives it, so with it a step's
+    gradient would depend on how the step is split.
+    """
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
+            "a load-balancing loss of the experts; it is not added here, because it depends on how "
+            "a step is split into batches. Set it to false, in a copy of the model, to train on "
+            "the answers alone"
+        )
+
+
 def architecture(name: str) -> str:
     """SHA-256 over what in a model's config decides the meaning of its weights.
 
@@ -372,13 +371,14 @@ class AnswerModel(nn.Module):
     Attributes:
         split: the output head may be run on target positions only. transformers' models compute
             `head(backbone(x))`, some with a final scaling (`factor`) or soft cap.
-        packs: the model takes batches without padding, see data.Batch.
+        can_pack: the model takes batches without padding, see data.Batch.
         pads_left: padding in front of a row changes nothing, if mask and positions say so.
         cache: how it remembers while it generates. "slots": the keys and values of rows of
             different lengths stand in one plain cache. "groups" or "single": by transformers' own
             `generate`, several rows of equal length at a time or one. "none": not at all, since
             `generate` gives other tokens than the model itself, or there is no cache.
-        takes_masks: a mask of ours may stand for the model's own, see XlaDevice.
+        end_ids: what ends an answer, as tokenizer and generation_config.json say.
+        makes_masks: a whole mask of ours stands for the model's own, see XlaDevice.
         tolerance: how near outputs must be in a trial, relative to the largest; 0: none can tell.
 
     Raises:
@@ -403,9 +403,9 @@ class AnswerModel(nn.Module):
         self.takes_positions = probe.argument(model, "position_ids") is not None
         # The name of the KV cache is that of transformers 5.24; before, it was the second one.
         self.cache_name = probe.argument(model, "cache", "past_key_values")
-        # transformers looks at values to see which mask it needs; XLA must not wait for them.
         self.makes_masks = False
-        self.split = self.packs = self.pads_left = self.takes_masks = False
+        self.end_ids = _configured_ends(model)
+        self.split = self.can_pack = self.pads_left = False
         with torch.no_grad(), evaluating(model), probe.random_weights(model):
             reach = probe.check_causal(self)
             # A tenth of what a fault can do; nothing is trusted where that is rounding.
@@ -414,11 +414,10 @@ class AnswerModel(nn.Module):
             factor = probe.logit_factor(self)
             if factor is not None:
                 self.split, self.factor = True, factor
-            self.packs = self.split and probe.succeeds(probe.packs, self)
+            self.can_pack = self.split and probe.succeeds(probe.can_pack, self)
             self.pads_left = probe.succeeds(probe.pads_left, self)
             slots = self.pads_left and probe.succeeds(probe.takes_slots, self)
             self.cache = "slots" if slots else probe.own_cache(self)
-            self.takes_masks = probe.succeeds(probe.takes_masks, self)
 
     def _call(
         self, module: nn.Module, input_ids: Tensor, cache: Any, kwargs: dict[str, Any]
@@ -478,7 +477,7 @@ class AnswerModel(nn.Module):
         if not torch.is_grad_enabled():  # a Function would not know and compute gradients
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         scaling = (self.factor, self.softcap)
-        return _ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, scaling)
+        return ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, scaling, self._chunk())
 
     def _loss_by_chunks(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         """The same loss for any head; a chunk's logits are computed again in the backward pass."""
@@ -486,15 +485,15 @@ class AnswerModel(nn.Module):
         def loss_of(chunk: Tensor, ids: Tensor) -> Tensor:
             return _cross_entropy(self.head(chunk), ids)
 
-        rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
+        rows = self._chunk()
         parts = zip(hidden.split(rows), target_ids.split(rows))
-        losses = [checkpoint(loss_of, *part, use_reentrant=False) for part in parts]
+        losses = [recompute(loss_of, *part, use_reentrant=False) for part in parts]
         return torch.stack(losses).sum()
 
     @torch.no_grad()
     def target_losses(self, batch: Batch) -> Tensor:
         """-log p of each target, float [M]; what `forward` sums."""
-        rows = max(1, LOGITS_PER_CHUNK // self._vocabulary())
+        rows = self._chunk()
         if self.split:
             hidden = self.hidden_states(batch.input_ids).flatten(0, 1)
             chunks = hidden.index_select(0, batch.target_positions).split(rows)
@@ -508,8 +507,9 @@ class AnswerModel(nn.Module):
         ]
         return torch.cat(losses)
 
-    def _vocabulary(self) -> int:
-        return int(self.model.get_input_embeddings().num_embeddings)
+    def _chunk(self) -> int:
+        """How many positions' logits are computed together."""
+        return max(1, LOGITS_PER_CHUNK // self.model.get_input_embeddings().num_embeddings)
 
     def next_logits(
         self,
@@ -538,85 +538,6 @@ class AnswerModel(nn.Module):
 def _cross_entropy(logits: Tensor, target_ids: Tensor, reduction: str = "sum") -> Tensor:
     exact = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(exact, target_ids, ignore_index=IGNORE, reduction=reduction)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy through the output head, in chunks of positions.
-
-    The gradient of a chunk is taken while its logits are there, so that neither logits nor their
-    gradient ever exist for more than one chunk. softmax(logits) - onehot(target) is written over
-    the logits themselves, and the head's gradient grows in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        target_ids: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scaling: tuple[float, float | None],
-    ) -> Tensor:
-        """hidden [M, C], target_ids [M], weight [V, C], bias [V]; the summed loss, a scalar.
-
-        scaling: a factor on the logits, and a soft cap.
-        """
-        factor, softcap = scaling
-        need_hidden, _, need_weight, need_bias, _ = ctx.needs_input_grad
-        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss = hidden.new_zeros((), dtype=exact)
-        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
-        weight_grad: Tensor | None = None
-        bias_grad = torch.zeros_like(bias) if need_bias and bias is not None else None
-        rows = max(1, LOGITS_PER_CHUNK // len(weight))
-        for start in range(0, len(hidden), rows):
-            h, ids = hidden[start : start + rows], target_ids[start : start + rows]
-            logits = product(h, weight, bias)
-            dtype = logits.dtype  # autocast's, if it is on
-            scores = logits.to(exact)  # the same memory when there is nothing to convert
-            if factor != 1.0:
-                scores *= factor
-            if softcap:
-                scores = scores.div_(softcap).tanh_()
-                slope = 1 - scores.square()
-                scores = scores * softcap
-            valid = (ids != IGNORE)[:, None]
-            ids = ids[:, None].where(valid, 0)
-            # In place, as a second tensor of this size is not in the processor's cache any more.
-            scores -= scores.amax(-1, keepdim=True)
-            chosen = scores.gather(-1, ids)
-            total = scores.exp_().sum(-1, keepdim=True)
-            loss += ((total.log() - chosen) * valid).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            scores *= valid / total
-            scores.scatter_add_(-1, ids, -valid.to(exact))
-            if softcap:
-                scores *= slope
-            if factor != 1.0:
-                scores *= factor
-            if bias_grad is not None:
-                bias_grad += scores.sum(0)
-            scores = scores.to(dtype)
-            if hidden_grad is not None:
-                hidden_grad[start : start + rows] = product(scores, weight.T.to(dtype))
-            if need_weight:
-                h = h.to(dtype)
-                if weight_grad is None:
-                    weight_grad = product(scores.T, h.T).to(weight.dtype)
-                elif weight_grad.dtype == dtype:
-                    weight_grad.addmm_(scores.T, h)
-                else:
-                    weight_grad += scores.T @ h
-        if need_weight and weight_grad is None:  # a batch without targets
-            weight_grad = torch.zeros_like(weight)
-        ctx.grads = (hidden_grad, None, weight_grad, bias_grad, None)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grads, ctx.grads = ctx.grads, None  # so that autograd may add others to them in place
-        return tuple(None if g is None else g.mul_(outputs[0]) for g in grads)
 
 
 # --------------------------------------------------------------------- optimizer and schedule
@@ -668,7 +589,7 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
-def tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
+def _tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     """The files that a tokenizer was loaded from, by their names.
 
     A model is exported with these and not with what `tokenizer.save_pretrained` makes of them: it
@@ -685,24 +606,13 @@ def tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     return found
 
 
-def configured_ends(model: PreTrainedModel) -> list[int]:
-    """The ids that the model's generation_config.json ends texts with."""
-    ids = model.generation_config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def export(
-    model: PreTrainedModel,
-    weights: dict[str, Tensor],
-    tokenizer: Any,
-    files: dict[str, bytes],
-    directory: str | os.PathLike[str],
-) -> None:
+def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
     Args:
-        files: see `tokenizer_files`.
+        weights: the model's state dict, whole tensors.
     """
+    model = opened.model.model
     # transformers refuses to write generation settings that many published models have, so these
     # are written apart. What the answers were trained to end with comes first.
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -710,17 +620,16 @@ def export(
         model.save_pretrained(directory, state_dict=weights)
     finally:
         model.generation_config = own
-    generation = copy.deepcopy(own)
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *configured_ends(model)]))
+    generation, ends = copy.deepcopy(own), opened.model.end_ids
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
     generation.to_json_file(Path(directory) / "generation_config.json", use_diff=True)
-    for name, content in files.items():
+    for name, content in opened.files.items():
         (Path(directory) / name).write_bytes(content)
-    if not files:  # one that needs none, such as a tokenizer of bytes
-        tokenizer.save_pretrained(directory)
+    if not opened.files:  # one that needs none, such as a tokenizer of bytes
+        opened.tokenizer.save_pretrained(directory)
 
 
-def quiet_libraries() -> None:
+def _quiet_libraries() -> None:
     """Keep transformers' own remarks off the console; what matters of them we say ourselves."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -7,101 +7,31 @@
     python sft.py ask   runs/facts "What is the capital of France?"
     python sft.py plot  runs/facts runs/other
 
-Any key of the file can be given as key.path=value behind it. `train` is the training loop, from
-top to bottom; what it calls lies in data.py, model.py, device.py, checkpoint.py and evaluate.py.
+Any key of the file can be given as key.path=value behind it. First the command line, then training:
+`set_up` puts a run's parts together, `loop` is every step of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
-from config import TestConfig, TrainConfig, UserError, load
-
-if TYPE_CHECKING:
-    from run import Run
+from config import TestConfig, TrainConfig, UserError, load, resolved, to_yaml
 
 INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's number
-
-
-class Stop:
-    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once.
-
-    after: what is finished before, for the message.
-    """
-
-    def __init__(self, after: str = "this step") -> None:
-        self.after = after
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGTERM:
-            return  # batch systems repeat it; whoever is in a hurry has SIGINT and SIGKILL
-        if self.signal is not None:
-            os._exit(INTERRUPTED + number)
-        self.signal = number
-        name = signal.Signals(number).name
-        message = f"\n{name}: stopping after {self.after}; Ctrl-C once more stops at once\n"
-        os.write(sys.stderr.fileno(), message.encode())
-
-    def requested(self) -> bool:
-        return self.signal is not None
-
-
-def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
-    """Train as the configuration says; returns the process's exit code.
-
-    Raises:
-        UserError: anything wrong with configuration, data, model, checkpoint or disk.
-    """
-    from run import Run  # here, because torch comes with it and takes two seconds
-
-    run = Run(config, quiet)
-    try:
-        return loop(run, stop)
-    finally:
-        run.close()
-
-
-def loop(run: Run, stop: Stop) -> int:
-    """Optimizer steps until the run is finished or stopped; returns the exit code."""
-    model, samples, device = run.training_model, run.samples, run.device
-    run.sanity_check(stop.requested)
-
-    while not device.ranks.any(stop.requested()):
-        if run.validation_due() and not run.validate(stop.requested):
-            break
-        if run.finished():
-            break
-        if run.checkpoint_due():
-            run.save()
-
-        # One optimizer step: the next samples in the epoch's order, in micro-batches. Every rank
-        # knows all of the step's rows, so the mean is over the targets of all ranks.
-        rows = run.next_rows()
-        targets = int(samples.target_lengths[rows].sum())
-        loss = device.zero()
-        model.train()
-        for batch, last in device.feed(run.micro_batches(rows)):
-            device.exchange_gradients(model, now=last)
-            with device.autocast():
-                summed = model(batch)
-            device.backward(summed / max(1, targets))
-            loss += summed.detach()
-        rate = run.set_learning_rate()
-        result = device.step(run.optimizer, run.trainable, run.clip, loss)
-        run.after_step(result, rows, rate)
-
-    stopped_by = max(device.ranks.gather(stop.signal or 0))  # one rank's signal stops all
-    return run.finish(stopped_by or None)
+SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -145,27 +75,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str]) -> int:
-    arguments = parse(argv)
-    try:
-        return run_command(arguments)
-    except UserError as error:
-        complain(str(error))
-    except OSError as error:  # a disk that is full or gone, a directory that is not ours
-        complain(
-            f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
-        )
-    except RuntimeError as error:
-        from device import explain
+def configuration(arguments: argparse.Namespace) -> TrainConfig | TestConfig | None:
+    """The checked configuration of a command that has one.
 
-        message = explain(error)
-        if message is None:
-            raise
-        complain(message)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED + signal.SIGINT
-    return 2
+    Raises:
+        UserError: what is wrong with it.
+    """
+    if arguments.command not in ("train", "test", "check") or (
+        arguments.command == "test" and arguments.compare
+    ):
+        return None
+    if arguments.config is None:
+        raise UserError("test: name a YAML file, or finished logs behind --compare")
+    if arguments.command == "test":
+        return load(TestConfig, arguments.config, arguments.overrides)
+    return load(TrainConfig, arguments.config, arguments.overrides)
 
 
 def complain(message: str) -> None:
@@ -179,8 +103,488 @@ def complain(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+class Stop:
+    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once.
+
+    after: what is finished before, for the message.
+    """
+
+    def __init__(self, after: str = "this step") -> None:
+        self.after = after
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGTERM:
+            return  # batch systems repeat it; whoever is in a hurry has SIGINT and SIGKILL
+        if self.signal is not None:
+            os._exit(INTERRUPTED + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        message = f"\n{name}: stopping after {self.after}; Ctrl-C once more stops at once\n"
+        os.write(sys.stderr.fileno(), message.encode())
+
+    def requested(self) -> bool:
+        return self.signal is not None
+
+
+if __name__ == "__main__":  # --help and a wrong file answer before the seconds that torch takes
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it is loaded: the end, no traceback
+    try:
+        configuration(parse(sys.argv[1:]))
+    except UserError as error:
+        complain(str(error))
+        sys.exit(2)
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import evaluate
+import freeze
+from checkpoint import State, Step, find_model
+from data import (
+    Batch,
+    DataSource,
+    Encoder,
+    Samples,
+    Splits,
+    collate,
+    epoch_order,
+    load_splits,
+    micro_batches,
+    numbered,
+)
+from device import Device, explain, open_device, whole_tensor
+from evaluate import Validation, summed_loss
+from extras.console import Recorder, SilentRecorder
+from extras.probe import check_trainable
+from model import (
+    AnswerModel,
+    Opened,
+    architecture,
+    check_ids,
+    check_length,
+    checkpoint_activations,
+    export,
+    learning_rate,
+    make_optimizer,
+    open_model,
+    refuse_router_loss,
+    warmup_steps,
+)
+
+# ----------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What comes when, as a pure function of the counters: samples, rate, validation, saving.
+
+    batch_size: of this process, on all its devices. samples_per_step: of all ranks. end_position:
+    how many steps to try; infinite without `max_epochs`. static_shape: (B, T) of every batch, on a
+    device that compiles each new shape.
+    """
+
+    config: TrainConfig
+    batch_size: int
+    samples_per_step: int
+    steps_per_epoch: int
+    end_position: float
+    total_steps: int
+    warmup: int
+    static_shape: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, config: TrainConfig, device: Device, samples: int) -> Plan:
+        params, data = config.trainer.params, config.data
+        batch_size = data.batch_size * device.shards
+        step = batch_size * params.accumulate_grad_batches * device.ranks.world_size
+        steps_per_epoch = math.ceil(samples / step)
+        end = (params.max_epochs if params.max_epochs > 0 else math.inf) * steps_per_epoch
+        total = int(min(end, params.max_steps or math.inf))
+        warmup = warmup_steps(config.model_params.warmup_steps_per_cent, total)
+        static = device.static_shapes or data.on_tpu
+        shape = (batch_size, data.max_length) if static else None
+        return cls(config, batch_size, step, steps_per_epoch, end, total, warmup, shape)
+
+    def steps(self, samples: Samples, position: int) -> Iterator[np.ndarray]:
+        """The indices of each step's samples, those of all ranks, from step `position` on."""
+        epoch, first = divmod(position, self.steps_per_epoch)
+        while True:
+            order = epoch_order(
+                len(samples),
+                self.samples_per_step,
+                self.config.seed,
+                epoch,
+                samples.lengths if self.config.data.group_by_length else None,
+                shuffle=not self.config.trainer.params.overfit_batches,
+            )
+            for start in range(first * self.samples_per_step, len(order), self.samples_per_step):
+                yield order[start : start + self.samples_per_step]
+            epoch, first = epoch + 1, 0
+
+    def learning_rate(self, global_step: int) -> float:
+        peak = self.config.model_params.learning_rate
+        return learning_rate(global_step, peak, self.warmup, self.total_steps)
+
+    def finished(self, state: State) -> bool:
+        limit = self.config.trainer.params.max_steps
+        return state.position >= self.end_position or (
+            limit is not None and state.global_step >= limit
+        )
+
+    def validation_due(self, state: State) -> bool:
+        interval = self.config.trainer.params.val_check_interval
+        if state.position == 0 or state.validated_at == state.position:
+            return False
+        if self.finished(state):
+            return True
+        if isinstance(interval, int):
+            # A skipped step moves the position and not the step, which is validated already.
+            new = state.global_step > state.validated_step
+            return new and state.global_step % interval == 0
+        every = max(1, int(self.steps_per_epoch * interval))
+        return ((state.position - 1) % self.steps_per_epoch + 1) % every == 0
+
+    def checkpoint_due(self, state: State) -> bool:
+        every = self.config.trainer.checkpoint.every_n_train_steps
+        return state.global_step % every == 0 and state.global_step > state.saved_step
+
+    def log_due(self, state: State, applied: bool) -> bool:
+        last = self.finished(state)
+        due = last or state.global_step % self.config.trainer.params.log_every_n_steps == 0
+        return due and state.window_targets > 0 and (applied or last)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a training, as `set_up` puts them together.
+
+    parallel: what the loop calls, the model or DDP around it. kinds: see `freeze.report`.
+    identity: what a checkpoint must agree with, by names for messages. remarks: for the user.
+    """
+
+    config: TrainConfig
+    device: Device
+    opened: Opened
+    parallel: nn.Module
+    trainable: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    kinds: list[tuple[str, int, int]]
+    source: DataSource
+    encoder: Encoder
+    splits: Splits
+    validation: Validation
+    plan: Plan
+    identity: dict[str, Any]
+    resumed_from: Path | None
+    remarks: list[str]
+
+    @property
+    def model(self) -> AnswerModel:
+        return self.opened.model
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.trainer.checkpoint.dirpath)
+
+    def batches(self, rows: np.ndarray) -> Iterator[Batch]:
+        """This rank's micro-batches of a step's samples."""
+        plan, samples, ranks = self.plan, self.splits.train, self.device.ranks
+        sizes = (plan.batch_size, samples.lengths, ranks.rank, ranks.world_size)
+        parts = micro_batches(rows, *sizes)
+        if plan.static_shape:  # a short last step must not be another graph
+            parts += [rows[:0]] * (self.config.trainer.params.accumulate_grad_batches - len(parts))
+        for part in parts:
+            batch = collate(samples, part, plan.static_shape, self.model.can_pack)
+            if self.model.prefix_cache is not None:
+                batch.prefix = self.model.prefix_cache.gather(batch)
+            yield batch
+
+
+def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Run:
+    """Open model and data, freeze, plan; nothing is written into the run's directory.
+
+    Raises:
+        UserError: anything wrong with configuration, model or data.
+    """
+    params, ranks, remarks = config.trainer.params, device.ranks, list[str]()
+    source = DataSource.configured(config.data)
+    opened = open_model(
+        resumed_from or find_model(config.model_name, remarks.append),
+        from_scratch=config.model_params.from_scratch and not resumed_from,
+        dtype=device.weights_dtype,
+        seed=config.seed,
+    )
+    model, causal_lm = opened.model, opened.model.model
+    remarks += opened.remarks
+    if resumed_from:
+        remarks.append(f"weights from {resumed_from}")
+    check_length(causal_lm, config.data.max_length, "data.max_length")
+    refuse_router_loss(config.model_name, causal_lm.config)
+    freeze.apply(causal_lm, config.model_params)
+    if params.gradient_checkpointing:
+        checkpoint_activations(causal_lm)
+    reached = check_trainable(model)
+
+    encoder = Encoder(opened.tokenizer, config.data.prompt_template)
+    with ranks.one_by_machine():
+        splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
+    largest = max(int(s.input_ids.max(initial=0)) for s in (splits.whole, splits.val))
+    remarks += check_ids(causal_lm, opened.tokenizer, largest, config.data.data_dir)
+    plan = Plan.of(config, device, len(splits.train))
+    validation = Validation.of(config, splits, source, model, plan.batch_size, plan.static_shape)
+
+    # A compiled model would be compiled anew for each list of lengths.
+    model.can_pack &= device.packing_pays and not params.compile and plan.static_shape is None
+    if params.compile:
+        model.backbone.compile(dynamic=True)
+    kinds = freeze.report(causal_lm)
+    parallel = device.parallel(model, params.strategy, reached)
+    optimizer = make_optimizer(causal_lm, config.model_params)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    identity = {
+        "model": architecture(config.model_name),
+        "data": source.fingerprint,
+        SAMPLES_PER_STEP: plan.samples_per_step,
+    }
+    device.seed(config.seed)
+    return Run(
+        config, device, opened, parallel, trainable, optimizer, kinds, source, encoder, splits,
+        validation, plan, identity, resumed_from, remarks,
+    )  # fmt: skip
+
+
+def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
+    """Train as the configuration says; returns the process's exit code.
+
+    Raises:
+        UserError: anything wrong with configuration, data, model, checkpoint or disk.
+    """
+    params = config.trainer.params
+    device = open_device(params.accelerator, params.precision)
+    recorder = Recorder(quiet) if device.ranks.rank == 0 else SilentRecorder()
+    directory = Path(config.trainer.checkpoint.dirpath)
+    with ExitStack() as until_the_end:
+        until_the_end.callback(recorder.close)
+        lock = checkpoint.locked(directory)
+        device.ranks.on_rank_zero(lambda: until_the_end.enter_context(lock))
+        resumed_from = device.ranks.on_rank_zero(
+            lambda: checkpoint.resume_point(config.trainer, recorder.warn)
+        )
+        run = set_up(config, device, resumed_from)
+        state, metrics_size = State(), 0
+        if resumed_from:
+            state, metrics_size, remarks = checkpoint.restore(
+                resumed_from, config, run.identity, run.optimizer, device
+            )
+            run.remarks.extend(remarks)
+        if where := config.model_params.cache_frozen_prefix:
+            from extras.frozen_prefix import fill_cache
+
+            place = directory if where == "disk" else None
+            run.remarks.append(fill_cache(run.model, run.splits.train, device, place))
+        recorder.start(run, state, metrics_size)
+        return loop(run, state, recorder, stop)
+
+
+def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
+    """Optimizer steps until the plan is fulfilled or a signal stops it; returns the exit code."""
+    device, plan, samples, optimizer = run.device, run.plan, run.splits.train, run.optimizer
+    ranks, scaler, params = device.ranks, device.scaler, run.config.trainer.params
+    steps = plan.steps(samples, state.position)
+    sanity_check(run, recorder.say, stop.requested)
+
+    while not ranks.any_rank(stop.requested()):
+        # Once in a while: validate, and keep the best model; save a checkpoint.
+        if plan.validation_due(state) and not validate(run, state, recorder, stop.requested):
+            break  # stopped within it; a resumed run validates first
+        if plan.finished(state):
+            break
+        if plan.checkpoint_due(state):
+            save(run, state, recorder)
+
+        # Forward and backward through the step's micro-batches. Every rank knows all of the step's
+        # samples, so that the mean is over the targets of all of them.
+        began = time.monotonic()
+        rows = next(steps)
+        targets = int(samples.target_lengths[rows].sum())
+        loss = device.zero()
+        run.model.train()
+        for batch, last in device.feed(run.batches(rows)):
+            device.exchange_gradients(run.parallel, now=last)
+            with device.autocast():
+                summed = run.parallel(batch)
+            # DDP and FSDP take the mean over the ranks; a step's gradient is the sum.
+            scaler.scale(summed / targets * ranks.world_size).backward()
+            loss += summed.detach()
+        loss = ranks.all_reduce(loss)
+
+        # Unscale, clip, update. Where loss or gradient is not a finite number, weights and
+        # optimizer stay as they are, which the device decides without waiting for the host.
+        lr = plan.learning_rate(state.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        clip = params.gradient_clip_val or math.inf
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(run.trainable, clip))
+        finite = loss.isfinite() & norm.isfinite()
+        device.step_if(finite, optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        # Count and log.
+        loss_sum, grad_norm, applied = device.read(loss, norm, finite)
+        # A scale below 1 cannot be what made a number too large: then it is the model or the data.
+        lowered = 1 <= scale and scaler.get_scale() < scale and math.isfinite(loss_sum)
+        step = Step(
+            loss=loss_sum,
+            grad_norm=grad_norm,
+            lr=lr,
+            applied=bool(applied),
+            overflow=lowered and not applied,
+            tokens=int(samples.lengths[rows].sum()),
+            targets=targets,
+            seconds=time.monotonic() - began,
+        )
+        state.count(step)
+        recorder.step(state, step)
+        if not step.applied and not step.overflow:
+            skipped(run, state, recorder, step, rows)
+        if plan.log_due(state, step.applied):
+            recorder.log(state, step)
+            state.start_window()
+
+    if state.saved_at != state.moment() and state.position > 0:
+        save(run, state, recorder)
+    stopped_by = max(ranks.all_gather(stop.signal or 0))  # one rank's signal stops all
+    recorder.finish(state, stopped_by)
+    return INTERRUPTED + stopped_by if stopped_by else 0
+
+
+def skipped(run: Run, state: State, recorder: SilentRecorder, step: Step, rows: np.ndarray) -> None:
+    """Say which samples a bad step had; raise a UserError if there were too many in a row."""
+    limit = run.config.trainer.params.max_bad_steps
+    names = numbered(sorted(run.splits.train.rows[rows].tolist()))
+    what = "loss" if not math.isfinite(step.loss) else "gradient norm"
+    recorder.skipped(state, f"its {what} is not a finite number ({names} of train")
+    if state.bad_in_row >= limit:
+        raise UserError(
+            f"stopped: {state.bad_in_row} steps in a row had a {what} that is not a finite "
+            f"number (trainer.params.max_bad_steps: {limit})\n"
+            f"  the last samples were {names} of train in {run.config.data.data_dir}\n"
+            "  look at them, lower model_params.learning_rate, or use precision 32 or "
+            f"bf16-mixed; the checkpoints in {run.directory} are from before"
+        )
+
+
+def sanity_check(run: Run, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
+    """A few validation batches before training, so that what is broken fails now."""
+    count = run.config.trainer.params.num_sanity_val_steps
+    if count == 0 or run.resumed_from:
+        return
+    batches = None if count < 0 else count
+    result = summed_loss(run.model, run.validation, run.device, should_stop, batches)
+    if result is None:
+        return
+    loss = result[0] / max(1, result[1])
+    if not math.isfinite(loss):
+        raise UserError(
+            f"sanity validation: the loss before the first step is {loss}, not a number; look "
+            f"at the weights of {run.config.model_name} and at trainer.params.precision"
+        )
+    say(f"sanity    validation loss {loss:.4f}")
+
+
+def validate(
+    run: Run, state: State, recorder: SilentRecorder, should_stop: Callable[[], bool]
+) -> bool:
+    """Validate, and keep the model if it is the best; false if it was stopped."""
+    began = time.monotonic()
+    result = evaluate.validate(
+        run.model, run.opened.tokenizer, run.validation, run.device, should_stop
+    )
+    if result is None:
+        return False
+    values, records = result
+    state.validated_at, state.validated_step = state.position, state.global_step
+    chosen, best = run.config.trainer.checkpoint, state.best_value
+    value = values[chosen.log_obj]
+    better = best is None or (value < best if chosen.mode == "min" else value > best)
+    if math.isfinite(value) and better:
+        state.best_value, state.best_step = value, state.global_step
+        write_model(run, state, "best")
+    recorder.validation(state, values, records, time.monotonic() - began)
+    if state.best_value is not None and state.saved_at is None:
+        save(run, state, recorder)  # never only a best/, which cannot be resumed
+    return True
+
+
+def save(run: Run, state: State, recorder: SilentRecorder) -> None:
+    """Write a resumable checkpoint, then remove older ones."""
+    began, device = time.monotonic(), run.device
+    state.saved_at, state.saved_step = state.moment(), state.global_step
+    contents = {
+        "state": asdict(state),
+        "optimizer": checkpoint.whole_optimizer_state(run.optimizer),
+        "scaler": device.scaler.state_dict(),
+        "rng": device.ranks.all_gather(device.rng_state()),
+        "metrics_size": recorder.sync(),
+        "identity": run.identity,
+        "config": resolved(run.config),
+    }
+    path = write_model(run, state, checkpoint.step_name(state.global_step), contents)
+    if device.ranks.rank == 0:
+        keep = run.config.trainer.checkpoint.save_top_k
+        checkpoint.rotate(run.directory, keep, {path, run.resumed_from or path})
+    recorder.saved(path, time.monotonic() - began)
+
+
+def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | None = None) -> Path:
+    """Write the model into the run's directory, with `contents` as its trainer state if given."""
+    about = {
+        "prompt_template": run.config.data.prompt_template,
+        "model_name": run.config.model_name,
+        "global_step": state.global_step,
+        f"best_{resolved(run.config)['trainer']['checkpoint']['log_obg']}": state.best_value,
+    }
+    weights = checkpoint.whole_state(run.model.model)
+
+    def write(directory: Path) -> None:
+        export(run.opened, weights, directory)
+        (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
+        (directory / checkpoint.CONFIG).write_text(to_yaml(run.config), encoding="utf-8")
+        if contents is not None:
+            torch.save(contents, directory / checkpoint.STATE)
+
+    return run.device.ranks.on_rank_zero(lambda: checkpoint.save(run.directory, name, write))
+
+
+# ----------------------------------------------------------------------------------- commands
+
+
+def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
+    """Answer and score the questions of a split; returns the process's exit code."""
+    finished = evaluate.test(config, quiet, stop.requested)
+    # Unfinished without a signal of its own: another rank had it.
+    return 0 if finished else INTERRUPTED + (stop.signal or signal.SIGTERM)
+
+
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the process's exit code."""
+    config = configuration(arguments)
+    if isinstance(config, TestConfig):
+        return test(config, Stop("the next save_steps answers"), arguments.quiet)
+    if config is not None and arguments.command == "train":
+        return train(config, Stop(), arguments.quiet)
+    if config is not None:
+        from extras.check import check
+
+        return check(config, set_up, sanity_check)
     if arguments.command == "ask":
         from extras.ask import ask
 
@@ -190,40 +594,31 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         print(plot([Path(run) for run in arguments.runs], arguments.output))
         return 0
-    if arguments.command == "test" and arguments.compare:
-        return compare(arguments.compare)
-    if arguments.config is None:
-        raise UserError("test: name a YAML file, or finished logs behind --compare")
-    if arguments.command == "test":
-        testing = load(TestConfig, arguments.config, arguments.overrides)
-        return test(testing, Stop("the next save_steps answers"), arguments.quiet)
-    training = load(TrainConfig, arguments.config, arguments.overrides)
-    if arguments.command == "train":
-        return train(training, Stop(), arguments.quiet)
-    from extras.check import check
+    from extras.metrics import compare_logs
 
-    return check(training)
-
-
-def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
-    """Answer and score the questions of a split; returns the process's exit code."""
-    import evaluate
-    from model import quiet_libraries
-
-    quiet_libraries()
-    finished = evaluate.test(config, quiet, stop.requested)
-    # Unfinished without a signal of its own: another rank had it.
-    return 0 if finished else INTERRUPTED + (stop.signal or signal.SIGTERM)
-
-
-def compare(logs: list[str]) -> int:
-    """Print finished logs of `test` side by side; returns the process's exit code."""
-    import evaluate
-
-    if len(logs) < 2:
-        raise UserError("--compare: found one log; allowed: two or more")
-    print(evaluate.compare([Path(log) for log in logs], seed=0))
+    print(compare_logs([Path(log) for log in arguments.compare], seed=0))
     return 0
+
+
+def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return run_command(parse(argv))
+    except UserError as error:
+        complain(str(error))
+    except OSError as error:  # a disk that is full or gone, a directory that is not ours
+        complain(
+            f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
+        )
+    except RuntimeError as error:
+        message = explain(error)
+        if message is None:
+            raise
+        complain(message)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED + signal.SIGINT
+    return 2
 
 
 if __name__ == "__main__":

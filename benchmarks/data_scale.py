@@ -42,7 +42,8 @@ def make(path: Path, pairs: int) -> None:
 def prepare(directory: str) -> None:
     """One start: what a run does with its training data before it trains."""
     sys.path.insert(0, str(ROOT))
-    from data import DataSource, Encoder, cached_samples
+    from data import DataSource, Encoder
+    from extras.token_cache import cached_samples
     from model import load_tokenizer
 
     encoder = Encoder(load_tokenizer(str(ROOT / "data" / "tiny-gpt-neo")))
@@ -50,7 +51,7 @@ def prepare(directory: str) -> None:
     samples, _ = cached_samples(DataSource.open(directory), "train", encoder, 512, True)
     spent = time.perf_counter() - began
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = {"seconds": spent, "memory": memory, "tokens": int(samples.starts[-1])}
+    result = {"seconds": spent, "memory": memory, "tokens": len(samples.input_ids)}
     print(json.dumps(result))
 
 

@@ -36,33 +36,23 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     from config import GenerateParams
     from data import DataSource, Encoder, pad_prompts, prepare_inference
     from device import Device
-    from extras.generation import generate
-    from model import AnswerModel, load_model, load_tokenizer, quiet_libraries
+    from extras.generation import Batching, Decoding, generate
+    from model import load_tokenizer, open_model
 
-    quiet_libraries()
-    encoder = Encoder(load_tokenizer(job["model"]))
-    pairs = list(DataSource.open(job["data"]).pairs("test", empty_answers=True))[: job["questions"]]
-    prompts, _ = prepare_inference(pairs, encoder, job["max_prompt"])
+    tokenizer = load_tokenizer(job["model"])
+    encoder, eos = Encoder(tokenizer), tokenizer.eos_token_id
+    asked = list(DataSource.open(job["data"]).conversations("test", empty_answers=True))
+    prompts, _ = prepare_inference(asked[: job["questions"]], encoder, job["max_prompt"])
     answers: list[list[int]] = []
     if way == "sft":
-        model = AnswerModel(load_model(job["model"])[0]).eval()
-        params = GenerateParams(max_new_tokens=job["new_tokens"])
-        device = Device("cpu")
+        model = open_model(job["model"]).model.eval()
+        decoding = Decoding(GenerateParams(max_new_tokens=job["new_tokens"]), seed=0)
+        batching = Batching(job["batch_size"])
         began = time.perf_counter()
-        done = list(
-            generate(
-                model,
-                prompts,
-                params,
-                device,
-                eos=encoder.eos,
-                seed=0,
-                batch_size=job["batch_size"],
-            )
-        )
+        done = list(generate(model, prompts, Device("cpu"), decoding, batching))
         seconds = time.perf_counter() - began
         done.sort(key=lambda a: a.prompt.row)
-        answers = [a.tokens + [encoder.eos] * a.ended for a in done]
+        answers = [a.tokens + [eos] * a.ended for a in done]
     else:
         from transformers import AutoModelForCausalLM
 
@@ -76,11 +66,11 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
                 **batch,
                 max_new_tokens=job["new_tokens"],
                 do_sample=False,
-                eos_token_id=encoder.eos,
-                pad_token_id=encoder.eos,
+                eos_token_id=eos,
+                pad_token_id=eos,
             )
             for row in output[:, batch["input_ids"].shape[1] :].tolist():
-                end = row.index(encoder.eos) + 1 if encoder.eos in row else len(row)
+                end = row.index(eos) + 1 if eos in row else len(row)
                 answers.append(row[:end])
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "tokens": sum(map(len, answers)), "answers": answers}

@@ -13,24 +13,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import checkpoint
+from checkpoint import find_model
 from config import DEFAULT_TEMPLATE, GenerateParams, UserError
 from data import Encoder, Prompt
 from device import Device, open_device
-from evaluate import find_model
 from extras.console import Console, visible
-from extras.generation import generate
-from model import (
-    AnswerModel,
-    check_ids,
-    context_length,
-    load_model,
-    load_tokenizer,
-    parameters_in,
-    quiet_libraries,
-)
+from extras.generation import Batching, Decoding, generate
+from model import AnswerModel, check_ids, context_length, open_model, parameters_in
 
 MAX_NEW_TOKENS = 256
 
@@ -41,17 +31,15 @@ def ask(name: str, question: str | None) -> int:
     Raises:
         UserError: there is no such model, or a question does not fit into its context.
     """
-    quiet_libraries()
     device = open_device()
-    place = find_model(name, Console())
-    about = checkpoint.details(place) if isinstance(place, Path) else {}
-    encoder = Encoder(load_tokenizer(str(place)), about.get("prompt_template", DEFAULT_TEMPLATE))
-    model = AnswerModel(load_model(str(place))[0]).eval()
+    opened = open_model(find_model(name, Console().warn))
+    encoder = Encoder(opened.tokenizer, opened.template or DEFAULT_TEMPLATE)
+    model = opened.model.eval()
     device.move_model(model)
     typed = question is None and sys.stdin.isatty()
     if typed:
         size = parameters_in(model.parameters())
-        print(f"{place}, {size:,} parameters, on {device.describe()}")
+        print(f"{opened.place}, {size:,} parameters, on {device.describe()}")
         print("Ctrl-C ends an answer, Ctrl-D or an empty line ends this.")
     try:
         for text in _questions(typed) if question is None else [question]:
@@ -107,8 +95,7 @@ def answer(model: AnswerModel, encoder: Encoder, device: Device, question: str) 
             shown = len(text)
 
     params = GenerateParams(max_new_tokens=room)
-    (done,) = generate(
-        model, [prompt], params, device, eos=encoder.eos, seed=0, batch_size=1, on_token=show
-    )
+    decoding, batching = Decoding(params, seed=0), Batching(batch_size=1)
+    (done,) = generate(model, [prompt], device, decoding, batching, on_token=show)
     show(prompt, done.tokens, whole=True)
     print("" if done.ended else " [...]")

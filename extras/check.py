@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from config import LARGEST, TrainConfig
-from data import Samples, cached_samples, micro_batches
-from device import StepResult
-from extras.console import duration, visible
+import checkpoint
+from checkpoint import State
+from config import LARGEST, TrainConfig, UserError
+from data import Samples, by_length, micro_batches
+from device import open_device, whole_tensor
+from extras.console import Console, announce, duration, show_sample, visible
+from extras.token_cache import cached_samples
 from model import parameters_in
-from run import Run
+
+if TYPE_CHECKING:
+    from sft import Run
 
 SHOWN = 3  # samples, and samples that would be cut
 BARS, BAR = 12, 50  # of the histogram: how many, and columns of the longest
@@ -29,32 +35,50 @@ MICRO_BATCHES, SECONDS = 8, 5.0  # timed at most, whichever comes first
 CUT_TEXT = 60  # characters
 
 
-def check(config: TrainConfig) -> int:
-    """Print what a training would do; returns the process's exit code.
+def check(
+    config: TrainConfig, set_up: Callable[..., Run], sanity_check: Callable[..., None]
+) -> int:
+    """Print what a training would do, with sft.py's own set-up; returns the process's exit code.
 
     Raises:
         UserError: what `train` would say of its configuration, data or model.
     """
-    run = Run(config, dry=True)
-    run.sanity_check(lambda: False)
-    say, row, data = run.console.say, run.console.row, config.data
-    whole = kept = run.train_split
+    params, data, console = config.trainer.params, config.data, Console()
+    device = open_device(params.accelerator, params.precision)
+    if device.ranks.rank > 0:
+        console = Console(silent=True)
+    try:
+        resumed_from = checkpoint.resume_point(config.trainer, console.warn)
+    except UserError as error:
+        resumed_from = None
+        console.warn(f"train would refuse this: {error}")
+    run, state = set_up(config, device, resumed_from), State()
+    if resumed_from:
+        state, _, remarks = checkpoint.restore(
+            resumed_from, config, run.identity, run.optimizer, device
+        )
+        run.remarks.extend(remarks)
+    announce(run, state, console)
+    sanity_check(run, console.say, lambda: False)
+    say, row = console.say, console.row
+    whole = kept = run.splits.whole
     if kept.counts.question_cut or kept.counts.answer_cut or kept.counts.dropped:
-        limits = (LARGEST, data.truncate_promt)
+        limits = (LARGEST, data.truncate_prompt)
         whole, _ = cached_samples(run.source, "train", run.encoder, *limits)
     say("\n" + "\n".join(length_table(whole)))
     row("cut", cut_summary(whole, data.max_length))
     for text in cut_examples(run, whole, kept):
         row("", text)
-    twice, shared = run.overlap["duplicates"], run.overlap["train_test_overlap"]
+    twice, shared = (run.splits.overlap[n] for n in ("duplicates", "train_test_overlap"))
     row("twice", f"{twice:,} pairs of train; {shared:,} questions of test are in train")
-    for i in np.linspace(0, len(run.samples) - 1, min(SHOWN, len(run.samples))):
-        run.show_sample(int(i))
+    samples = run.splits.train
+    for i in np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))):
+        show_sample(run, console, int(i))
     say("\n" + "\n".join(parameter_table(run)) + "\n")
-    for label, text in measure(run):
+    for label, text in measure(run, console):
         row(label, text)
     for text in warnings(run, whole):
-        run.console.warn(text)
+        console.warn(text)
     return 0
 
 
@@ -62,8 +86,8 @@ def length_table(samples: Samples) -> Iterator[str]:
     """Percentiles of token lengths and a histogram of the total, at most 80 columns wide."""
     shares = (50, 90, 99)
     yield f"{'tokens':<10}{'mean':>8}" + "".join(f"{s:>6} %" for s in shares) + f"{'max':>8}"
-    prompts = samples.prompt_lengths
-    parts = {"prompt": prompts, "answer": samples.lengths - prompts, "total": samples.lengths}
+    targets, total = samples.target_lengths, samples.lengths
+    parts = {"prompt": total - targets, "answer": targets, "total": total}
     for name, values in parts.items():
         middle = "".join(f"{v:>8,.0f}" for v in np.percentile(values, shares))
         yield f"{name:<10}{values.mean():>8,.1f}{middle}{values.max():>8,}"
@@ -90,15 +114,15 @@ def cut_summary(whole: Samples, max_length: int) -> str:
 def cut_examples(run: Run, whole: Samples, kept: Samples) -> Iterator[str]:
     """What the first samples that are too long lose."""
     for i in np.flatnonzero(whole.lengths > run.config.data.max_length)[:SHOWN]:
-        row, before = whole.row(i), whole.ids(i)[0].tolist()
+        row, before = int(whole.rows[i]), whole.sample(i)[0].tolist()
         found = np.flatnonzero(kept.rows == row)
         if not len(found):
             yield f"row {row}: {len(before):,} tokens, dropped: nothing of its answer fits"
             continue
-        after = kept.ids(int(found[0]))[0].tolist()
+        after = kept.sample(int(found[0]))[0].tolist()
         start = next((k for k, (a, b) in enumerate(zip(before, after)) if a != b), len(after))
         stop = start + len(before) - len(after)
-        text = visible(run.tokenizer.decode(before[start:stop]))
+        text = visible(run.opened.tokenizer.decode(before[start:stop]))
         text = text if len(text) <= CUT_TEXT else text[:CUT_TEXT] + " ..."
         yield f"row {row}: {len(before):,} tokens, loses {text!r}"
 
@@ -110,46 +134,55 @@ def parameter_table(run: Run) -> Iterator[str]:
         yield f"{kind:<10}{count:>15,}{trained:>15,}{count - trained:>15,}"
 
 
-def measure(run: Run) -> Iterator[tuple[str, str]]:
+def measure(run: Run, console: Console) -> Iterator[tuple[str, str]]:
     """Memory and time, from a step with the longest samples and some random micro-batches."""
-    samples, device, size = run.samples, run.device, run.batch_size
+    samples, device, plan = run.splits.train, run.device, run.plan
     run.model.train()
 
     def backward(rows: np.ndarray) -> torch.Tensor:
-        ((batch, _),) = device.feed(islice(run.micro_batches(rows), 1))
+        ((batch, _),) = device.feed(islice(run.batches(rows), 1))
         with device.autocast():
             loss = run.model(batch)
-        device.backward(loss / int(samples.target_lengths[rows].sum()))
+        device.scaler.scale(loss / int(samples.target_lengths[rows].sum())).backward()
         return loss.detach()
 
-    def step(loss: torch.Tensor) -> StepResult:
-        return device.step(run.optimizer, run.trainable, run.clip, loss)
+    def step() -> float:
+        """What follows the backward passes; returns the gradient's norm."""
+        device.scaler.unscale_(run.optimizer)
+        clip = run.config.trainer.params.gradient_clip_val or math.inf
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(run.trainable, clip))
+        device.scaler.step(run.optimizer)
+        device.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        return device.read(norm)[0]
 
     # The first is not timed: it allocates the optimizer's state and all buffers.
-    run.set_learning_rate()
-    longest = np.argsort(-samples.lengths, kind="stable")[:size]
-    result = step(backward(longest))
-    while result.overflow:  # the scaler looks for its scale
-        result = step(backward(longest))
-    if not result.applied:
-        run.console.warn("the loss or the gradient of a first step is not a finite number")
+    for group in run.optimizer.param_groups:
+        group["lr"] = plan.learning_rate(0)
+    longest = by_length(-samples.lengths)[: plan.batch_size]
+    scale, loss = math.inf, backward(longest)
+    while not math.isfinite(step()):
+        # The scaler looks for its scale; where it does not, or has come down to 1, it is the model.
+        if not 1 <= device.scaler.get_scale() < scale or not bool(loss.isfinite()):
+            console.warn("the loss or the gradient of a first step is not a finite number")
+            break
+        scale, loss = device.scaler.get_scale(), backward(longest)
     peak = device.peak_memory()
 
     began, tokens = time.monotonic(), 0
-    for position in np.linspace(0, run.steps_per_epoch - 1, MICRO_BATCHES).astype(int):
-        run.state.position = int(position)
-        parts = micro_batches(run.next_rows(), size, samples.lengths)
+    for position in np.linspace(0, plan.steps_per_epoch - 1, MICRO_BATCHES).astype(int):
+        step_rows = next(plan.steps(samples, int(position)))
+        parts = micro_batches(step_rows, plan.batch_size, samples.lengths)
         rows = parts[position % len(parts)]
-        loss = backward(rows)
-        float(loss)  # waits for the device
+        float(backward(rows))  # waits for the device
         tokens += int(samples.lengths[rows].sum())
-        if run.ranks.any(time.monotonic() - began > SECONDS):
+        if device.ranks.any_rank(time.monotonic() - began > SECONDS):
             break
     token_seconds = (time.monotonic() - began) / tokens
     began = time.monotonic()
-    step(loss)
+    step()
     step_seconds = time.monotonic() - began
-    epoch = token_seconds * int(samples.lengths.sum()) + step_seconds * run.steps_per_epoch
+    epoch = token_seconds * int(samples.lengths.sum()) + step_seconds * plan.steps_per_epoch
 
     weights = bytes_of(run.model.parameters())
     gradients = bytes_of(run.trainable)
@@ -167,7 +200,7 @@ def measure(run: Run) -> Iterator[tuple[str, str]]:
     saved = run.config.trainer.checkpoint.save_top_k
     yield "disk", f"{mb(weights + state)} a checkpoint, {saved} of them kept, best {mb(weights)}"
     yield "speed", f"{int(samples.lengths.sum()) / epoch:,.0f} tokens/s"
-    whole = epoch / run.steps_per_epoch * run.total_steps
+    whole = epoch / plan.steps_per_epoch * plan.total_steps
     cache = (
         ", without the frozen-prefix cache" if run.config.model_params.cache_frozen_prefix else ""
     )
@@ -207,20 +240,24 @@ def warnings(run: Run, whole: Samples) -> Iterator[str]:
             f"{size:,} parameters; about {usual:.0e} is usual "
             f"{'from scratch' if params.from_scratch else 'for fine-tuning'}"
         )
-    if run.warmup > run.total_steps / 2:
+    if run.plan.warmup > run.plan.total_steps / 2:
         yield (
             f"model_params.warmup_steps_per_cent: {params.warmup_steps_per_cent:g} makes "
-            f"{run.warmup:,} of {run.total_steps:,} steps warm-up; below 1 it is a share, from 1 "
-            "on a percentage"
+            f"{run.plan.warmup:,} of {run.plan.total_steps:,} steps warm-up; below 1 it is a "
+            "share, from 1 on a percentage"
         )
     longest = int(whole.lengths.max())
     if data.max_length > 2 * longest:
-        cost = "every batch is padded to it (on_tpu)" if run.shape else "harmless without on_tpu"
+        cost = (
+            "every batch is padded to it (on_tpu)"
+            if run.plan.static_shape
+            else "harmless without on_tpu"
+        )
         yield (
             f"data.max_length: {data.max_length:,} is far above the longest sample, {longest:,} "
             f"tokens; {cost}"
         )
-    cut = run.train_split.counts.answer_cut + run.train_split.counts.dropped
+    cut = run.splits.whole.counts.answer_cut + run.splits.whole.counts.dropped
     if cut > 0.01 * len(whole):
         yield (
             f"data.max_length: {data.max_length:,} cuts or drops the answers of {cut:,} samples; "

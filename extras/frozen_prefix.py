@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,10 +13,37 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from config import UserError
-from data import Batch, Samples, collate
+from data import Batch, Samples, collate, micro_batches
+from device import Device
+from extras.console import duration
 from freeze import blocks
 
+if TYPE_CHECKING:
+    from model import AnswerModel
+
 FILL_BATCH = 8  # samples that go through the frozen blocks together
+
+
+def fill_cache(model: AnswerModel, samples: Samples, device: Device, directory: Path | None) -> str:
+    """Let `model` train with cached outputs of its frozen lowest blocks; returns a remark on it.
+
+    Args:
+        directory: keeps the outputs in a file there, not in memory.
+
+    Raises:
+        UserError: the first block already depends on something that trains or on dropout.
+    """
+    probe = device.move(torch.from_numpy(samples.sample(0)[0].astype(np.int64))[None])
+    generators = device.rng_state()
+    cache = PrefixCache(model.model, model.backbone, probe)
+    device.set_rng_state(generators)
+    began = time.monotonic()
+    cache.fill(samples, device, directory)
+    model.prefix_cache = cache
+    return (
+        f"{cache.depth} frozen blocks run once for all epochs: {len(samples):,} samples in "
+        f"{duration(time.monotonic() - began)}, kept {'on disk' if directory else 'in memory'}"
+    )
 
 
 class PrefixCache:
@@ -104,14 +132,12 @@ class PrefixCache:
         return forward
 
     @torch.no_grad()
-    def fill(self, samples: Samples, device: Any, directory: Path | None) -> None:
+    def fill(self, samples: Samples, device: Device, directory: Path | None) -> None:
         """Run the prefix over all samples; `directory` keeps the result in a file there."""
         self.starts = np.concatenate([[0], np.cumsum(samples.lengths)])
-        order = np.argsort(-samples.lengths, kind="stable")
         self.store: np.ndarray | None = None
-        for i in range(0, len(order), FILL_BATCH):
-            rows = order[i : i + FILL_BATCH]
-            batch = device.place(collate(samples, rows))
+        for rows in micro_batches(np.arange(len(samples)), FILL_BATCH, -samples.lengths):
+            batch = device.upload(collate(samples, rows))
             with device.autocast():
                 self.backbone(batch.input_ids, use_cache=False)
             hidden = self.seen.pop().to("cpu")

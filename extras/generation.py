@@ -45,7 +45,7 @@ from config import GenerateParams, UserError
 from data import Prompt, pad_prompts
 from device import Device
 from extras.probe import generate_plainly, plain_cache
-from model import AnswerModel, configured_ends
+from model import AnswerModel
 
 REFILL_SHARE = 4  # free places are refilled when they are a quarter of the batch
 PREFILL_TOKENS = 1024  # of the prompts that are read in one go, with their padding
@@ -202,35 +202,46 @@ class _Row:
         return Answer(self.prompt, self.tokens, bool(self.ended))
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What decides an answer, beside the model and the prompt."""
+
+    params: GenerateParams
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How prompts are run together, which changes no answer.
+
+    padding_side: where padding stands. A model that would give other answers with padding in front
+    gets it behind, whatever is asked for. pad_to: pad prompts to at least this length; None: to the
+    longest of those that enter together.
+    """
+
+    batch_size: int = 16
+    use_cache: bool = True
+    padding_side: str = "left"
+    pad_to: int | None = None
+
+
 @torch.no_grad()  # not inference_mode: FSDP's parameters would be of no use to training afterwards
 def generate(
     model: AnswerModel,
     prompts: Sequence[Prompt],
-    params: GenerateParams,
     device: Device,
-    *,
-    eos: int,
-    seed: int,
-    batch_size: int = 16,
-    use_cache: bool = True,
-    padding_side: str = "left",
-    pad_to: int | None = None,
+    decoding: Decoding,
+    batching: Batching,
     should_stop: Callable[[], bool] = lambda: False,
     on_token: Callable[[Prompt, list[int]], None] = lambda prompt, tokens: None,
 ) -> Iterator[Answer]:
-    """Answer prompts, `batch_size` at a time, yielding each as it is finished.
+    """Answer prompts, a batch at a time, yielding each as it is finished.
 
     Rows that are finished leave the batch and new prompts take their places, longest first. An
     answer depends on its own prompt, row number and `seed` only: the batch, the padding and the
     order change nothing but float rounding.
 
     Args:
-        eos: what ends an answer, beside the ids in the model's generation_config.json; unless
-            `params.eos_token_id` says otherwise.
-        padding_side: where padding stands. A model that would give other answers with padding in
-            front gets it behind, whatever is asked for.
-        pad_to: pad prompts to at least this length; None: to the longest of those that enter
-            together.
         should_stop: asked before each token; true ends the iteration.
         on_token: told of each new token, with all the tokens of that answer so far.
 
@@ -238,17 +249,18 @@ def generate(
     max_new_tokens], without the cache: one graph in all, at the cost of computing them anew for
     each token.
     """
-    end_ids = {eos, *configured_ends(model.model)}
+    params, batch_size, pad_to = decoding.params, batching.batch_size, batching.pad_to
+    end_ids = set(model.end_ids)
     if params.eos_token_id is not None:
         end_ids = set(_as_list(params.eos_token_id))
 
     def start(prompt: Prompt) -> _Row:
-        return _new_row(prompt, params, end_ids, seed, on_token)
+        return _new_row(prompt, decoding, end_ids, on_token)
 
     waiting = sorted(prompts, key=lambda prompt: len(prompt.input_ids))
     longest = len(waiting[-1].input_ids) if waiting else 0
     # Static shapes leave no room for a cache that grows.
-    cache_kind = model.cache if use_cache and not device.static_shapes else "none"
+    cache_kind = model.cache if batching.use_cache and not device.static_shapes else "none"
     # Slices of a model (FSDP) come together inside its own forward pass only, not in `generate`.
     if cache_kind in ("groups", "single") and not device.lockstep:
         rows = map(start, reversed(waiting))
@@ -256,14 +268,14 @@ def generate(
         yield from _by_transformers(model, rows, new, device, batch_size, should_stop)
         return
     use_cache = cache_kind == "slots"
-    padding_side = padding_side if model.pads_left else "right"
+    padding_side = batching.padding_side if model.pads_left else "right"
     height = None
     if device.static_shapes:
         height, pad_to = batch_size, max(longest, pad_to or 0) + params.max_new_tokens
     cache = _SlotCache(batch_size, max(longest, pad_to or 0) + params.max_new_tokens)
     active: list[_Row] = []
     filling = False
-    while device.together(bool(waiting or active) and not should_stop()):
+    while device.goes_on(bool(waiting or active) and not should_stop()):
         if not waiting and not active:
             _idle(model, device)  # the other ranks need this one's slices
             continue
@@ -440,13 +452,13 @@ def _next(rows: list[_Row], logits: Tensor) -> list[int]:
 
 def _new_row(
     prompt: Prompt,
-    params: GenerateParams,
+    decoding: Decoding,
     end_ids: set[int],
-    seed: int,
     on_token: Callable[[Prompt, list[int]], None],
 ) -> _Row:
+    params = decoding.params
     processors = _processors(params, len(prompt.input_ids), sorted(end_ids))
-    state = np.random.SeedSequence([seed, prompt.row]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([decoding.seed, prompt.row]).generate_state(1, np.uint64)[0]
     generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
     def choose(scores: Tensor) -> int:

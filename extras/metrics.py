@@ -23,14 +23,18 @@ All scores but answer length and perplexity lie in [0, 1], and higher is better:
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from config import UserError
 
 Sample = Mapping[str, Any]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -431,3 +435,73 @@ def _interval(values: Array) -> tuple[float, float]:
     tail = (100.0 - LEVEL) / 2
     low, high = np.percentile(values, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------- as text
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The corpus scores with their 95 % intervals, for the console."""
+    rows = [f"{'metric':<18}{'value':>9}   95 % interval"]
+    for name, entry in summary.items():
+        interval = f"{entry['low']:.4g} to {entry['high']:.4g}"
+        rows.append(f"{name:<18}{entry['value']:>9.4g}   {interval}")
+    return "\n".join(rows)
+
+
+COMPARED_SAMPLES = 5
+
+
+def compare_logs(logs: list[Path], seed: int) -> str:
+    """Finished logs side by side, each against the first by a paired bootstrap.
+
+    Raises:
+        UserError: a log that cannot be read, or logs of different questions.
+    """
+    if len(logs) < 2:
+        raise UserError("--compare: found one log; allowed: two or more")
+    contents = [_read_log(log) for log in logs]
+    names = [f"{letter}: {log}" for letter, log in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", logs)]
+    parts = [*names, ""]
+    for name, other in zip(names[1:], contents[1:]):
+        letter = name[0]
+        try:
+            differences = compare(contents[0], other, seed=seed)
+            changed = most_changed(contents[0], other, COMPARED_SAMPLES)
+        except ValueError as error:
+            raise UserError(f"{logs[0]} and {name[3:]} cannot be compared: {error}") from None
+        parts.append(
+            f"{'metric':<14}{'A':>9}{letter:>9}{letter + ' - A':>11}   95 % interval        p"
+        )
+        for metric, entry in differences.items():
+            interval = f"{entry['low']:+.4g} to {entry['high']:+.4g}"
+            parts.append(
+                f"{metric:<14}{entry['value_a']:>9.4g}{entry['value_b']:>9.4g}"
+                f"{entry['difference']:>+11.4g}   {interval:<20} {entry['p']:.3f}"
+            )
+        for kind in ("better", "worse"):
+            parts.append(
+                f"\n{letter} is {kind} most in:"
+                if changed[kind]
+                else f"\n{letter} is {kind} in none"
+            )
+            for entry in changed[kind]:
+                parts.append(
+                    f"  {entry['question']}\n    expected {entry['reference']!r}; A "
+                    f"{entry['generated_a']!r}; {letter} {entry['generated_b']!r}"
+                )
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        records = [None]
+    needed = {"question", "reference", "generated", "token_f1"}
+    if not all(isinstance(record, dict) and needed <= record.keys() for record in records):
+        raise UserError(f"{path}: not a log of answers, as `test` writes one")
+    return records

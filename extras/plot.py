@@ -12,9 +12,7 @@ from typing import Any
 
 from checkpoint import write_file
 from config import UserError, first_line
-from extras.console import METRICS, Console
-
-CURVES = "curves.png"
+from extras.console import CURVES, METRICS, Console
 
 
 class Curves:

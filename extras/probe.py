@@ -213,7 +213,7 @@ def logit_factor(model: AnswerModel) -> float | None:
     return next((factor for factor in (1.0, *factors) if succeeds(explains, factor)), None)
 
 
-def packs(model: AnswerModel) -> bool:
+def can_pack(model: AnswerModel) -> bool:
     """Whether samples in one row are to each other as if they were not there."""
     if not model.takes_positions or not model.sees_everything or not model.tolerance:
         return False

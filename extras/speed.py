@@ -9,7 +9,9 @@ blocks that keep less for the backward pass, norms in fewer passes. What replace
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoMLP, GPTNeoSelfAttention
 from transformers.pytorch_utils import Conv1D
 
+from data import IGNORE
 from extras.probe import close, random_weights, succeeds
 
 # --------------------------------------------------------------------------------- attention
@@ -398,3 +401,113 @@ def speed_up(model: PreTrainedModel) -> None:
         # For float16 RWKV divides its own weights when it stops training and multiplies them when
         # it goes on; a checkpoint made in between would hold other weights.
         model.base_model._rescale_layers = lambda: None
+
+
+# ------------------------------------------------------------------------- the loss, in chunks
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy through the output head, in chunks of positions.
+
+    The gradient of a chunk is taken while its logits are there, so that neither logits nor their
+    gradient ever exist for more than one chunk. softmax(logits) - onehot(target) is written over
+    the logits themselves, and the head's gradient grows in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        target_ids: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scaling: tuple[float, float | None],
+        rows: int,
+    ) -> Tensor:
+        """hidden [M, C], target_ids [M], weight [V, C], bias [V]; the summed loss, a scalar.
+
+        scaling: a factor on the logits, and a soft cap. rows: of hidden, in a chunk.
+        """
+        factor, softcap = scaling
+        need_hidden, _, need_weight, need_bias = ctx.needs_input_grad[:4]
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = hidden.new_zeros((), dtype=exact)
+        hidden_grad = torch.zeros_like(hidden) if need_hidden else None
+        weight_grad: Tensor | None = None
+        bias_grad = torch.zeros_like(bias) if need_bias and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            h, ids = hidden[start : start + rows], target_ids[start : start + rows]
+            logits = product(h, weight, bias)
+            dtype = logits.dtype  # autocast's, if it is on
+            scores = logits.to(exact)  # the same memory when there is nothing to convert
+            if factor != 1.0:
+                scores *= factor
+            if softcap:
+                scores = scores.div_(softcap).tanh_()
+                slope = 1 - scores.square()
+                scores = scores * softcap
+            valid = (ids != IGNORE)[:, None]
+            ids = ids[:, None].where(valid, 0)
+            # In place, as a second tensor of this size is not in the processor's cache any more.
+            scores -= scores.amax(-1, keepdim=True)
+            chosen = scores.gather(-1, ids)
+            total = scores.exp_().sum(-1, keepdim=True)
+            loss += ((total.log() - chosen) * valid).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            scores *= valid / total
+            scores.scatter_add_(-1, ids, -valid.to(exact))
+            if softcap:
+                scores *= slope
+            if factor != 1.0:
+                scores *= factor
+            if bias_grad is not None:
+                bias_grad += scores.sum(0)
+            scores = scores.to(dtype)
+            if hidden_grad is not None:
+                hidden_grad[start : start + rows] = product(scores, weight.T.to(dtype))
+            if need_weight:
+                h = h.to(dtype)
+                if weight_grad is None:
+                    weight_grad = product(scores.T, h.T).to(weight.dtype)
+                elif weight_grad.dtype == dtype:
+                    weight_grad.addmm_(scores.T, h)
+                else:
+                    weight_grad += scores.T @ h
+        if need_weight and weight_grad is None:  # a batch without targets
+            weight_grad = torch.zeros_like(weight)
+        ctx.grads = (hidden_grad, None, weight_grad, bias_grad, None, None)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None  # so that autograd may add others to them in place
+        return tuple(None if g is None else g.mul_(outputs[0]) for g in grads)
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def set_allocator(keep_freed: bool) -> None:
+    """Let glibc keep freed buffers for the next step, or return them to the kernel at once.
+
+    Activations and gradients are freed and allocated anew in every step; giving their pages back
+    and faulting them in again costs about 6 % of a step. With several ranks the threads that carry
+    gradients allocate too, each from a heap of its own, and what is kept there was measured to
+    make 4.2 GB of 2.9. Elsewhere than on glibc nothing happens.
+
+    oneDNN keeps the code for 1,024 shapes of products, about 0.6 MB each, although every step
+    brings new ones; those of one step are enough. It reads the variable at its first product.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    if not keep_freed:
+        mallopt(m_mmap_threshold, 2**20)
+        return
+    mallopt(m_mmap_threshold, 32 * 2**20)  # the most that glibc allows
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_top_pad, 64 * 2**20)

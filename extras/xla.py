@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import UserError
 from data import Batch
-from device import Device, StepResult
-from model import AnswerModel
+from device import Device
+from extras import probe
+from model import AnswerModel, evaluating
 
 
 class XlaDevice(Device):
@@ -59,15 +60,18 @@ class XlaDevice(Device):
         return None
 
     def move_model(self, model: AnswerModel) -> None:
+        # transformers looks at values to see which mask it needs, and XLA must not wait for them.
+        # One mask of ours is right for all layers where each sees all that came before.
+        if model.sees_everything:
+            with torch.no_grad(), evaluating(model), probe.random_weights(model):
+                model.makes_masks = probe.succeeds(probe.takes_masks, model)
         model.to(self.torch_device)
         model.model.tie_weights()  # moving to XLA makes two parameters of a shared one
-        # Where every layer sees all that came before, as one mask for all of them says.
-        model.makes_masks = model.takes_masks and model.sees_everything
 
     def synchronise(self) -> None:
         self.xla.sync()
 
-    def _upload(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def _uploaded(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         from torch_xla.distributed.parallel_loader import ParallelLoader
 
         # Without its iterator, which would break the graph between backward pass and update.
@@ -91,31 +95,13 @@ class XlaDevice(Device):
         finally:
             loader.close()
 
-    def step(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        clip: float | None,
-        loss: Tensor,
-    ) -> StepResult:
-        """As in `Device`, but inside the graph: whether to update is decided on the device."""
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        applied = loss.isfinite() & norm.isfinite()
-        if clip:
-            factor = (clip / (norm + 1e-6)).clamp(max=1.0)
-            for grad in grads:
-                grad.mul_(factor)
+    def step_if(self, finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """As on other devices, but decided inside the graph: what a step changed is put back."""
         before = {id(t): t.clone() for t in _updated(optimizer)}
         optimizer.step()
         with torch.no_grad():
             for t in _updated(optimizer):
-                t.copy_(torch.where(applied, t, before.get(id(t), torch.zeros_like(t))))
-        optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([loss, norm, applied.float()])
-        self.synchronise()
-        loss_value, norm_value, good = values.tolist()
-        return StepResult(loss_value, norm_value, bool(good), overflow=False)
+                t.copy_(torch.where(finite, t, before.get(id(t), torch.zeros_like(t))))
 
     def peak_memory(self) -> int:
         try:
@@ -124,7 +110,7 @@ class XlaDevice(Device):
             return super().peak_memory()
 
     def rng_state(self) -> dict[str, Any]:
-        return super().rng_state() | {"xla": self.xla_model.get_rng_state()}
+        return {**super().rng_state(), "xla": self.xla_model.get_rng_state()}
 
     def seed(self, seed: int) -> None:
         super().seed(seed)

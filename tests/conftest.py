@@ -30,6 +30,9 @@ from transformers import (
 
 import checkpoint
 import sft
+from config import TrainConfig, from_dict
+from data import IGNORE, Conversation, Samples
+from device import open_device
 from extras.plot import Curves
 
 torch.set_num_threads(1)
@@ -102,10 +105,15 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict
         config = tiny_config(kind, len(tokenizer))
         config.initializer_range = 0.2
         model = AutoModelForCausalLM.from_config(config)
-        directories[kind] = tmp_path_factory.mktemp("models") / kind
-        model.save_pretrained(directories[kind])
-        tokenizer.save_pretrained(directories[kind])
+        directories[kind] = save(model, tokenizer, tmp_path_factory.mktemp("models") / kind)
     return directories
+
+
+def save(model: Any, tokenizer: Any, directory: Path) -> Path:
+    """A directory that `model_name` can name; `model` may be a configuration only."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 QUESTIONS = [
@@ -132,22 +140,26 @@ def rows(count: int, offset: int = 0) -> list[dict[str, str]]:
     return made
 
 
+def write_data(path: Path, **splits: Any) -> Path:
+    path.write_text(json.dumps(splits))
+    return path
+
+
+def conversations(count: int) -> list[Conversation]:
+    """`rows` as the data file's first ones."""
+    return [Conversation.of_pair(i, *row.values()) for i, row in enumerate(rows(count), 1)]
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
-    path = tmp_path / "data.json"
-    path.write_text(
-        json.dumps({"train": rows(22), "val": rows(6, offset=40), "test": rows(7, offset=60)})
-    )
-    return path
+    """22 samples to train on: with batches of 4, an epoch has 6 steps, the last one of 2."""
+    return write_data(tmp_path / "data.json", train=rows(22), val=rows(6, 40), test=rows(7, 60))
 
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
     """21 and 7 samples: the last step of an epoch and the last batch of validation are short."""
-    path = tmp_path / "uneven.json"
-    splits = {"train": rows(21), "val": rows(7, offset=40), "test": rows(7, offset=60)}
-    path.write_text(json.dumps(splits))
-    return path
+    return write_data(tmp_path / "uneven.json", train=rows(21), val=rows(7, 40), test=rows(7, 60))
 
 
 def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> dict[str, Any]:
@@ -171,6 +183,69 @@ def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> di
     return config
 
 
+class Runner:
+    """Starts trainings in this process; the fixture `run` is one.
+
+        directory = run()  # a tiny GPT-Neo is trained on data_file, and ends with exit code 0
+        run(model="llama", trainer__params__max_epochs=1)  # other keys, `__` for the dots
+        run("--quiet", "seed=2")  # words on the command line
+        run(code=2, data__max_length=1000)  # a run that must be refused
+        run.resume(directory)  # goes on with its last checkpoint
+        run.file(name="b")  # nothing is trained; the path of a YAML file for another process
+        run.config(name="b")  # its contents
+
+    A run without a name has a directory of its own, whatever ran before: `run`, `run-2`, `run-3`.
+    What is printed goes to capsys.
+
+    Args:
+        models: directories by the names that `model` may have.
+        data: trained on, where a run does not name something else.
+        base: where the runs lie.
+    """
+
+    def __init__(self, models: dict[str, Path], data: Path, base: Path) -> None:
+        self.models, self.data, self.base = models, data, base
+        self.unnamed = 0
+
+    def config(
+        self,
+        model: Path | str = "gpt_neo",
+        data: Path | None = None,
+        name: str | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
+        """The configuration; `model` is one of `models`, or what `model_name` takes."""
+        if name is None:
+            self.unnamed += 1
+            name = "run" if self.unnamed == 1 else f"run-{self.unnamed}"
+        path = self.models.get(str(model), model)
+        return train_config(path, data or self.data, self.base / name, **changes)
+
+    def file(self, **changes: Any) -> Path:
+        """The configuration as YAML, beside the run's directory."""
+        config = self.config(**changes)
+        return write_yaml(Path(f"{config['trainer']['checkpoint']['dirpath']}.yaml"), config)
+
+    def __call__(self, *words: Any, code: int = 0, **changes: Any) -> Path:
+        """Train; returns the run's directory."""
+        path = self.file(**changes)
+        assert cli("train", path, *words) == code
+        return Path(str(path).removesuffix(".yaml"))
+
+    def resume(self, directory: Path, *words: Any, code: int = 0) -> Path:
+        """Go on with a run: its own file, its last checkpoint, and `words`; returns the directory.
+
+        Of a key that is given twice the later one counts, so `words` may name another checkpoint.
+        """
+        assert cli("train", f"{directory}.yaml", "trainer.ckpt_path=last", *words) == code
+        return directory
+
+
+@pytest.fixture
+def run(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> Runner:
+    return Runner(model_dirs, data_file, tmp_path)
+
+
 def write_yaml(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, allow_unicode=True))
@@ -188,11 +263,34 @@ def train(config: dict[str, Any], *overrides: str) -> int:
     return cli("train", write_yaml(path, config), *overrides, "--quiet")
 
 
+def set_up(config: dict[str, Any]) -> sft.Run:
+    """The parts of a run, without training."""
+    checked = from_dict(TrainConfig, config, "test")
+    params = checked.trainer.params
+    return sft.set_up(checked, open_device(params.accelerator, params.precision), None)
+
+
+def item(samples: Samples, i: int) -> dict[str, list[int]]:
+    """Sample i as transformers' models take it: `input_ids` and `labels`."""
+    ids, mask = samples.sample(i)
+    labels = [int(token) if target else IGNORE for token, target in zip(ids, mask)]
+    return {"input_ids": ids.tolist(), "labels": labels}
+
+
 def process(*arguments: Any, **kwargs: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
     command = [sys.executable, str(ROOT / "sft.py"), *map(str, arguments)]
     kwargs.setdefault("timeout", 120)
     return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+def imported(*words: Any, code: int) -> set[str]:
+    """The modules that the command line imports in a process of its own, which ends with `code`."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "sft.py"), *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}
 
 
 def copy_project(target: Path) -> Path:

@@ -20,8 +20,8 @@ from conftest import ROOT, cli, process, rows, train, train_config
 from data import Encoder, Prompt
 from device import Device
 from extras.ask import answer
-from extras.generation import generate
-from model import AnswerModel, load_model
+from extras.generation import Batching, Decoding, generate
+from model import open_model
 
 ASK = [sys.executable, str(ROOT / "sft.py"), "ask"]
 
@@ -46,13 +46,12 @@ def run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_the_streamed_text_is_the_engines_answer_in_pieces(
     run: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    model = AnswerModel(load_model(str(run / "best"))[0]).eval()
+    model = open_model(run / "best").model.eval()
     encoder, device = Encoder(tokenizer, "Q: {question} A:"), Device("cpu")
     question = "Is water wet? (4)"
     prompt = Prompt(1, question, "", encoder.prompts([question])[0])
-    (whole,) = generate(
-        model, [prompt], GenerateParams(max_new_tokens=80), device, eos=encoder.eos, seed=0
-    )
+    decoding = Decoding(GenerateParams(max_new_tokens=80), seed=0)
+    (whole,) = generate(model, [prompt], device, decoding, Batching())
     pieces: list[str] = []
     original = print
     monkeypatch.setattr(builtins, "print", lambda *a, **k: (pieces.append(a[0]), original(*a, **k)))
@@ -76,7 +75,7 @@ def test_a_character_of_several_tokens_is_shown_whole(
         yield Answer(prompts[0], tokens, True)
 
     monkeypatch.setattr(ask, "generate", scripted)
-    model = AnswerModel(load_model(str(run / "best"))[0]).eval()
+    model = open_model(run / "best").model.eval()
     answer(model, Encoder(tokenizer), Device("cpu"), "q")
     assert capsys.readouterr().out == "né 東京 🙂\n"
 
@@ -141,4 +140,4 @@ def test_what_cannot_be_asked_is_one_message(run: Path, tmp_path: Path, capsys: 
     assert cli("ask", tmp_path / "nothing", "x") == 2
     assert "not a local directory" in capsys.readouterr().err
     assert cli("ask", tmp_path, "x") == 2
-    assert "no intact checkpoint" in capsys.readouterr().err
+    assert "the directory has no config.json" in capsys.readouterr().err

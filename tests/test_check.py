@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import cli, rows, train_config, write_yaml
-from data import Samples
+from data import Counts, Samples
 from extras.check import length_table, usual_learning_rate
 
 
@@ -102,12 +102,9 @@ def test_check_refuses_what_train_refuses(
 @pytest.mark.parametrize("sizes", [[5], [5, 5, 5], list(range(2, 1500, 7)), [1, 100_000]])
 def test_the_length_table_counts_every_sample_within_80_columns(sizes: list[int]) -> None:
     lengths = np.array(sizes)
-    samples = Samples(
-        np.zeros(lengths.sum(), dtype=np.int32),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        lengths - 1,
-        np.arange(len(sizes)) + 1,
-    )
+    index = np.stack([lengths, np.ones_like(lengths), np.arange(len(sizes)) + 1], axis=1)
+    flat = np.zeros(lengths.sum(), dtype=np.int32)
+    samples = Samples.of(flat, flat.astype(np.uint8), index, Counts(len(sizes)))
     lines = list(length_table(samples))
     assert max(map(len, lines)) <= 80
     assert sum(int(line.split()[-1].replace(",", "")) for line in lines[4:]) == len(sizes)

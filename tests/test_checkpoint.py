@@ -15,17 +15,13 @@ import torch
 import checkpoint
 from checkpoint import Damaged
 from config import UserError
-from conftest import metrics_of, newest, process, train, train_config, write_yaml
+from conftest import Runner, metrics_of, newest, process
 
 
 @pytest.fixture
-def finished(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run of 12 steps with checkpoints at 10 and 12."""
-    config = train_config(
-        model_dirs["gpt2"], data_file, tmp_path / "run", trainer__checkpoint__every_n_train_steps=5
-    )
-    assert train(config) == 0
-    return config
+def finished(run: Runner) -> Path:
+    """The directory of a run of 12 steps with checkpoints at 10 and 12."""
+    return run(trainer__checkpoint__every_n_train_steps=5)
 
 
 def flip_a_byte(path: Path) -> None:
@@ -58,71 +54,63 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage, message", DAMAGES)
 def test_damage_is_refused_by_name_and_last_falls_back(
-    damage: Any, message: str, finished: dict[str, Any], tmp_path: Path, capsys: Any
+    damage: Any, message: str, finished: Path, run: Runner, capsys: Any
 ) -> None:
-    run = tmp_path / "run"
-    damage(run / "step-000012")
-    assert train(finished, f"trainer.ckpt_path={run / 'step-000012'}") == 2
+    last = finished / "step-000012"
+    damage(last)
+    run.resume(finished, f"trainer.ckpt_path={last}", code=2)
     error = capsys.readouterr().err
-    assert str(run / "step-000012") in error and message in error
-    assert train(finished, "trainer.ckpt_path=last") == 0
+    assert str(last) in error and message in error
+    run.resume(finished)
     error = capsys.readouterr().err
     assert "passed over" in error and message in error
-    checkpoint.verify(run / "step-000012")  # made anew from step 10
+    checkpoint.verify(last)  # made anew from step 10
 
 
 def test_nothing_intact_is_an_error_that_lists_all(
-    finished: dict[str, Any], tmp_path: Path, capsys: Any
+    finished: Path, run: Runner, capsys: Any
 ) -> None:
-    for path in checkpoint.steps(tmp_path / "run"):
+    for path in checkpoint.steps(finished):
         flip_a_byte(path)
-    assert train(finished, "trainer.ckpt_path=last") == 2
+    run.resume(finished, code=2)
     error = capsys.readouterr().err
     assert "no intact checkpoint" in error
     assert error.count("have changed (SHA-256)") == 2
 
 
-def test_last_without_any_checkpoint_is_an_error(
-    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
-) -> None:
-    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "new")
-    assert train(config, "trainer.ckpt_path=last") == 2
+def test_last_without_any_checkpoint_is_an_error(run: Runner, capsys: Any) -> None:
+    run("trainer.ckpt_path=last", code=2)
     assert "found no step-* directory" in capsys.readouterr().err
 
 
-def test_rotation_spares_what_it_must(finished: dict[str, Any], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    original = newest(run)
+def test_rotation_spares_what_it_must(finished: Path) -> None:
+    original = newest(finished)
     for number in (1, 2, 3, 4):
-        shutil.copytree(original, run / f"step-{number:06d}")
-    (run / "step-000003" / "manifest.json").unlink()  # damaged: left for a person to look at
-    foreign = run / "step-notes"
-    foreign.mkdir()
-    mine = run / "step-000000"
+        shutil.copytree(original, finished / f"step-{number:06d}")
+    (finished / "step-000003" / "manifest.json").unlink()  # damaged: left for a person to look at
+    (finished / "step-notes").mkdir()
+    mine = finished / "step-000000"
     mine.mkdir()
     (mine / "letter.txt").write_text("not ours")
-    checkpoint.rotate(run, keep=2, protect={run / "step-000001"})
-    names = {p.name for p in run.iterdir() if p.is_dir()}
+    checkpoint.rotate(finished, keep=2, protect={finished / "step-000001"})
+    names = {p.name for p in finished.iterdir() if p.is_dir()}
     kept = {"step-000012", "step-000010", "step-000001", "step-000003", "step-000000"}
     assert names == kept | {"best", "step-notes"}
 
 
 def test_the_checkpoint_just_written_survives_a_damaged_newer_one(
-    finished: dict[str, Any], tmp_path: Path
+    finished: Path, run: Runner
 ) -> None:
     """A flipped byte leaves the sizes right, so rotation takes step 12 for good."""
-    flip_a_byte(tmp_path / "run" / "step-000012")
-    overrides = ["trainer.checkpoint.save_top_k=1", "trainer.params.max_steps=11"]
-    assert train(finished, "trainer.ckpt_path=last", *overrides) == 0
-    checkpoint.verify(tmp_path / "run" / "step-000011")
+    flip_a_byte(finished / "step-000012")
+    run.resume(finished, "trainer.checkpoint.save_top_k=1", "trainer.params.max_steps=11")
+    checkpoint.verify(finished / "step-000011")
 
 
-def test_the_checkpoint_resumed_from_survives_its_run(
-    finished: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_checkpoint_resumed_from_survives_its_run(finished: Path, run: Runner) -> None:
     more = ["trainer.params.max_epochs=9", "trainer.checkpoint.every_n_train_steps=2"]
-    assert train(finished, "trainer.ckpt_path=last", *more) == 0
-    names = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
+    run.resume(finished, *more)
+    names = sorted(p.name for p in finished.glob("step-*"))
     assert names == ["step-000012", "step-000052", "step-000054"]
 
 
@@ -131,8 +119,8 @@ def test_leftovers_of_a_killed_save_are_removed_and_only_these(tmp_path: Path) -
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     (tmp_path / ".old-step-000009").mkdir()
-    checkpoint.clean_up(tmp_path)
-    names = {p.name for p in tmp_path.iterdir()}
+    with checkpoint.locked(tmp_path):
+        names = {p.name for p in tmp_path.iterdir()} - {".lock"}
     # step-000009 was between the two renames of its replacement: the old one is back.
     assert names == {".tmp-mine", ".hidden", "best", "step-000009"}
     assert (tmp_path / "best" / "file").read_text() == "best"
@@ -152,28 +140,26 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_a_full_disk_is_a_clear_error_and_harms_nothing(
-    finished: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_full_disk_is_a_clear_error_and_harms_nothing(finished: Path) -> None:
     """A real process whose files may not grow beyond what half a checkpoint needs."""
-    run = tmp_path / "run"
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.parent.name.startswith("step")}
-    limit = (newest(run) / "trainer_state.pt").stat().st_size // 2
+
+    def written() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in finished.glob("step-*/*")}
+
+    before = written()
+    limit = (newest(finished) / "trainer_state.pt").stat().st_size // 2
 
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    path = write_yaml(tmp_path / "c.yaml", finished)
-    command = ["train", path, "trainer.ckpt_path=last", "trainer.params.max_epochs=3"]
+    command = ["train", f"{finished}.yaml", "trainer.ckpt_path=last", "trainer.params.max_epochs=3"]
     result = process(*command, preexec_fn=small_files)
     assert result.returncode == 2, result.stderr
     assert "could not be written" in result.stderr and "step-000012" in result.stderr
     assert "Traceback" not in result.stderr
-    assert before == {
-        p: p.stat().st_mtime_ns for p in run.rglob("*") if p.parent.name.startswith("step")
-    }
+    assert written() == before
     assert process(*command).returncode == 0
-    assert not [p for p in run.iterdir() if p.name.startswith((".tmp", ".old"))]
+    assert not [p for p in finished.iterdir() if p.name.startswith((".tmp", ".old"))]
 
 
 class Malicious:
@@ -185,35 +171,31 @@ class Malicious:
 
 
 def test_a_pickle_that_would_run_code_is_refused(
-    finished: dict[str, Any], tmp_path: Path, capsys: Any
+    finished: Path, run: Runner, tmp_path: Path, capsys: Any
 ) -> None:
-    path, target = newest(tmp_path / "run"), tmp_path / "hacked"
+    path, target = newest(finished), tmp_path / "hacked"
     for write in (
         lambda f: torch.save({"state": Malicious(target)}, f),
         lambda f: f.write_bytes(pickle.dumps(Malicious(target))),
     ):
-        write(path / "trainer_state.pt")
+        state = path / "trainer_state.pt"
+        write(state)
         manifest = json.loads((path / "manifest.json").read_text())
-        size = (path / "trainer_state.pt").stat().st_size
-        manifest["files"]["trainer_state.pt"] = [
-            size,
-            checkpoint.sha256_of(path / "trainer_state.pt"),
-        ]
+        entry = [state.stat().st_size, checkpoint.sha256_of(state)]
+        manifest["files"]["trainer_state.pt"] = entry
         (path / "manifest.json").write_text(json.dumps(manifest))
-        assert train(finished, f"trainer.ckpt_path={path}", "trainer.params.max_epochs=3") == 2
+        run.resume(finished, f"trainer.ckpt_path={path}", "trainer.params.max_epochs=3", code=2)
         assert "refused" in capsys.readouterr().err
         assert not target.exists()
 
 
-def test_paths_in_a_checkpoint_are_relative(finished: dict[str, Any], tmp_path: Path) -> None:
-    manifest = json.loads((newest(tmp_path / "run") / "manifest.json").read_text())
+def test_paths_in_a_checkpoint_are_relative(finished: Path) -> None:
+    manifest = json.loads((newest(finished) / "manifest.json").read_text())
     assert all(not Path(name).is_absolute() for name in manifest["files"])
 
 
-def test_a_model_without_state_cannot_be_resumed(
-    finished: dict[str, Any], tmp_path: Path, capsys: Any
-) -> None:
-    assert train(finished, f"trainer.ckpt_path={tmp_path / 'run' / 'best'}") == 2
+def test_a_model_without_state_cannot_be_resumed(finished: Path, run: Runner, capsys: Any) -> None:
+    run.resume(finished, f"trainer.ckpt_path={finished / 'best'}", code=2)
     assert "without trainer_state.pt" in capsys.readouterr().err
 
 
@@ -225,10 +207,10 @@ def test_a_foreign_format_is_refused(tmp_path: Path) -> None:
         checkpoint.verify(path)
 
 
-def test_metrics_end_where_the_checkpoint_did(finished: dict[str, Any], tmp_path: Path) -> None:
+def test_metrics_end_where_the_checkpoint_did(finished: Path, run: Runner) -> None:
     """Lines that a killed run wrote after its last checkpoint are not there twice."""
-    lines = metrics_of(tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as handle:
+    lines = metrics_of(finished)
+    with (finished / "metrics.jsonl").open("a") as handle:
         handle.write('{"step": 13, "loss": 1.0}\n{"step": 1')
-    assert train(finished, "trainer.ckpt_path=last") == 0
-    assert metrics_of(tmp_path / "run") == lines
+    run.resume(finished)
+    assert metrics_of(finished) == lines

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import model as model_module
 import zoo
 from config import GenerateParams
-from conftest import rows
-from data import Encoder, Pair, Prompt, Samples, collate, prepare_train
+from conftest import conversations
+from data import Encoder, Prompt, Samples, collate, prepare_train
 from device import Device
 from extras import probe, speed
-from extras.generation import generate
+from extras.generation import Batching, Decoding, generate
 from model import AnswerModel
 
 # Batches without padding, the head on targets only, the cache in slots, and what stands in for the
@@ -58,15 +58,14 @@ def opened(name: str) -> AnswerModel:
 
 
 def samples_of(tokenizer: Any) -> Samples:
-    pairs = [Pair(i, r["Question"], r["Answer"]) for i, r in enumerate(rows(4), 1)]
-    return prepare_train(pairs, Encoder(tokenizer), 64)
+    return prepare_train(conversations(4), Encoder(tokenizer), 64)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_paths_that_a_family_takes(name: str) -> None:
     model, (packs, split, cache, stand_ins) = opened(name), CLAIMS[name]
     found = {type(module).__name__ for module in model.modules()}
-    assert (model.packs, model.split, model.cache) == (packs, split, cache)
+    assert (model.can_pack, model.split, model.cache) == (packs, split, cache)
     assert stand_ins <= found
     left = [n for n, m in model.named_modules() if type(m) is nn.Linear]
     assert not left, "every plain linear map goes through `product`"
@@ -85,14 +84,12 @@ def test_every_token_goes_through_the_model_once(name: str, tokenizer: Any) -> N
         seen[0] += args[0].numel()
 
     samples = samples_of(tokenizer)
-    prompts = [
-        Prompt(i, "", "", samples.ids(i)[0][: samples.ids(i)[1]].tolist())
-        for i in range(len(samples))
-    ]
+    prompts = [Prompt(i, "", "", samples.prompt(i)) for i in range(len(samples))]
     never = GenerateParams(max_new_tokens=new, eos_token_id=1535, suppress_tokens=[1535])
     handle = model.model.get_input_embeddings().register_forward_pre_hook(count)
     try:
-        answers = list(generate(model, prompts, never, Device("cpu"), eos=0, seed=0, batch_size=1))
+        decoding, batching = Decoding(never, seed=0), Batching(batch_size=1)
+        answers = list(generate(model, prompts, Device("cpu"), decoding, batching))
     finally:
         handle.remove()
     assert [len(answer.tokens) for answer in answers] == [new] * len(prompts)
@@ -147,7 +144,7 @@ def test_no_logits_of_a_whole_sequence_exist(
     chunk, model, samples = 3, opened(name), samples_of(tokenizer)
     size = model.model.get_input_embeddings().num_embeddings
     monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", chunk * size)
-    batch = collate(samples, np.arange(4), packed=model.packs)
+    batch = collate(samples, np.arange(4), packed=model.can_pack)
     width = model.model.get_input_embeddings().embedding_dim
     with Widest(size) as seen:
         model(batch).backward()
@@ -156,7 +153,7 @@ def test_no_logits_of_a_whole_sequence_exist(
     # The head's own weight may lie transposed, [C, V].
     assert seen.rows in (chunk, width), seen.rows
     with torch.no_grad(), Widest(size) as first:
-        ids = torch.from_numpy(samples.ids(0)[0].astype(np.int64))[None]
+        ids = torch.from_numpy(samples.sample(0)[0].astype(np.int64))[None]
         model.next_logits(ids, torch.tensor([ids.shape[1] - 1]))
     assert first.rows in (1, width)
 
@@ -220,7 +217,7 @@ def test_an_adapter_put_around_a_map_later_keeps_its_gradient(
         if not fast:
             model.split = False  # whole logits, and no function of ours
         samples = samples_of(tokenizer)
-        loss = model(collate(samples, np.arange(4), packed=model.packs and fast))
+        loss = model(collate(samples, np.arange(4), packed=model.can_pack and fast))
         loss.backward()
         grads = [p.grad for adapter in adapters for p in (adapter.down.weight, adapter.up.weight)]
         assert all(grad is not None for grad in grads)
@@ -275,7 +272,7 @@ def test_state_that_crosses_samples_is_seen_however_weak_it_is() -> None:
         with torch.no_grad():
             for p in plain.parameters():
                 p.mul_(1e-3)
-        assert not AnswerModel(plain).packs, name
+        assert not AnswerModel(plain).can_pack, name
 
 
 def test_trying_a_model_out_leaves_it_as_it_was() -> None:
@@ -306,11 +303,15 @@ def test_no_module_loses_its_dropout_to_a_faster_one() -> None:
 
 def test_a_mask_of_ours_stands_for_none_that_says_more() -> None:
     for name, expected in (("llama", True), ("gpt2", True), ("gpt_neo", True), ("mistral", False)):
-        assert (opened(name).takes_masks and opened(name).sees_everything) == expected, name
+        model = opened(name)
+        with torch.no_grad(), probe.random_weights(model):
+            right = probe.succeeds(probe.takes_masks, model)
+        assert (right and model.sees_everything) == expected, name
     for name in ("mamba", "bloom", "mpt", "opt"):
         model = opened(name)
         (ids,) = probe.ids_of(12, vocab_size=1536)
-        model.makes_masks = model.takes_masks and model.sees_everything
+        with torch.no_grad(), probe.random_weights(model):
+            model.makes_masks = model.sees_everything and probe.succeeds(probe.takes_masks, model)
         with torch.no_grad():
             found = model.hidden_states(ids)
             model.makes_masks = False

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, cli, copy_project, process, rows, train_config, write_yaml
+from conftest import ROOT, cli, copy_project, imported, process, rows, train_config, write_yaml
 from model import AnswerModel
 
 
@@ -62,7 +62,7 @@ def test_bad_input_gives_one_clear_message(
     broken.write_text('{"train": [\n  {"Question": "a" "Answer": "b"}\n]}')
     assert "broken.json, line 2, column 20: not valid JSON" in run(data=broken)
     shape = tmp_path / "shape.json"
-    shape.write_text(json.dumps(rows(3)))
+    shape.write_text(json.dumps(["a", "b"]))
     assert "found a list" in run(data=shape)
     wrong = tmp_path / "wrong.json"
     entries: list[Any] = rows(6)
@@ -183,14 +183,7 @@ def test_every_shipped_configuration_is_valid(path: Path) -> None:
 
 def test_help_needs_no_torch() -> None:
     for words in (["--help"], ["train", "--help"], ["test", "--help"]):
-        code = (
-            f"import sys; sys.argv = ['sft.py', *{words!r}]; sys.path.insert(0, {str(ROOT)!r})\n"
-            "import sft\n"
-            "try: sft.main(sys.argv[1:])\n"
-            "except SystemExit as end: assert end.code == 0\n"
-            "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-        )
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        assert "torch" not in imported(*words, code=0)
 
 
 def test_an_unknown_command_is_an_error() -> None:

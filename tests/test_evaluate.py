@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, cli, rows, train, train_config, write_yaml
 from evaluate import AnswerLog
+from extras.generation import Batching
 
 
 def config_of(model: Path, data: Path, log: Path, **changes: Any) -> dict[str, Any]:
@@ -383,19 +384,17 @@ def test_the_keys_of_speed_reach_the_engine(
 ) -> None:
     import evaluate
 
-    seen: list[dict[str, Any]] = []
+    seen: list[Batching] = []
     original = evaluate.generate
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return original(*args, **kwargs)
+    def spy(*args: Any) -> Any:
+        seen.append(args[4])
+        return original(*args)
 
     monkeypatch.setattr(evaluate, "generate", spy)
     changes = ["data.padding=true", "data.padding_side=right", "test_params.batch_size=5"]
     assert run_test(base, *changes, "test_params.use_cache=false", "test_params.save_steps=7") == 0
-    assert len(seen) == 1
-    assert seen[0]["pad_to"] == 48 and seen[0]["padding_side"] == "right"
-    assert seen[0]["batch_size"] == 5 and seen[0]["use_cache"] is False
+    assert seen == [Batching(5, use_cache=False, padding_side="right", pad_to=48)]
 
 
 def test_untrained_weights_need_to_be_asked_for(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from config import TestConfig as ForTest  # pytest would collect a name like Test*
 from config import TrainConfig as ForTrain
 from config import UserError, load, resolved, to_yaml, walk
-from data import DataSource, Encoder, Pair, overlap, prepare_inference, prepare_train
+from data import Conversation, DataSource, Encoder, overlap, prepare_inference, prepare_train
 
 T = TypeVar("T")
 FUZZ = settings(
@@ -60,9 +60,14 @@ NEARLY_DATA = st.dictionaries(
 )
 
 
-def read_everything(path: Path) -> dict[str, list[Pair]]:
+pair_of = Conversation.of_pair
+
+
+def read_everything(path: Path) -> dict[str, list[Conversation]]:
     source = DataSource.open(path)
-    pairs = {split: list(source.pairs(split, empty_answers=True)) for split in source.splits}
+    pairs = {
+        split: list(source.conversations(split, empty_answers=True)) for split in source.splits
+    }
     assert len(source.fingerprint) == 64
     if "train" in source.splits:
         overlap(source)
@@ -308,14 +313,15 @@ def survives(encoder: Encoder, question: str, answer: str, path: Path) -> None:
     """From the JSON file to token ids of training and of inference, and back."""
     content = {"train": [{"Question": question, "Answer": answer}]}
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    (pair,) = DataSource.open(path).pairs("train", empty_answers=True)
+    (pair,) = DataSource.open(path).conversations("train", empty_answers=True)
     assert (pair.question, pair.answer) == (question, answer)
     samples = prepare_train([pair], encoder, max_length=10**6)
-    ids, prompt = samples.ids(0)
+    ids, prompt = samples.sample(0)[0], len(samples.prompt(0))
     decode = encoder.tokenizer.decode
     assert decode(ids[:prompt]) == f"Question: {question} \nAnswer:"
     assert decode(ids[prompt:-1]) == f" {answer}"
-    assert ids[-1] == encoder.eos and encoder.eos not in ids[:-1]
+    eos = encoder.tokenizer.eos_token_id
+    assert ids[-1] == eos and eos not in ids[:-1]
     (asked,), _ = prepare_inference([pair], encoder, max_prompt_length=10**6)
     assert asked.input_ids == ids[:prompt].tolist()
 
@@ -342,13 +348,14 @@ def test_unusual_texts_survive_the_round_trip_through_tokens(
 def test_any_text_is_cut_to_what_fits_and_every_loss_is_counted(
     encoder: Encoder, question: str, answer: str, max_length: int, truncate: bool
 ) -> None:
-    whole = prepare_train([Pair(1, question, answer)], encoder, 10**6)
-    samples = prepare_train([Pair(1, question, answer)], encoder, max_length, truncate)
+    whole = prepare_train([pair_of(1, question, answer)], encoder, 10**6)
+    samples = prepare_train([pair_of(1, question, answer)], encoder, max_length, truncate)
     counts = samples.counts
     assert counts.kept == len(samples) == 1 - counts.dropped
     if not len(samples):
         return
-    (ids, prompt), (all_ids, all_prompt) = samples.ids(0), whole.ids(0)
+    ids, all_ids = samples.sample(0)[0], whole.sample(0)[0]
+    prompt, all_prompt = len(samples.prompt(0)), len(whole.prompt(0))
     target, full_target = ids[prompt:].tolist(), all_ids[all_prompt:].tolist()
     assert len(ids) <= max_length and target and target == full_target[: len(target)]
     assert counts.answer_cut == (target != full_target)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import model as model_module
 from config import ModelParams, UserError
-from conftest import KINDS, rows, tiny_config
-from data import IGNORE, Encoder, Pair, Samples, collate, prepare_train
+from conftest import KINDS, conversations, item, tiny_config
+from data import IGNORE, Encoder, Samples, collate, prepare_train
 from extras.speed import GELU, SILU, FastLinear, linear, speed_up
 from model import (
     AnswerModel,
@@ -29,17 +29,17 @@ from model import (
 
 
 def samples_of(tokenizer: Any, count: int = 8, max_length: int = 64) -> Samples:
-    pairs = [Pair(i, r["Question"], r["Answer"]) for i, r in enumerate(rows(count), 1)]
-    return prepare_train(pairs, Encoder(tokenizer), max_length)
+    return prepare_train(conversations(count), Encoder(tokenizer), max_length)
 
 
-def reference_batch(samples: Samples, pad_id: int) -> dict[str, torch.Tensor]:
+def reference_batch(samples: Samples) -> dict[str, torch.Tensor]:
     """The same samples as plain padded tensors with labels, for transformers' own loss."""
     width = int(samples.lengths.max())
-    items = [samples[i] for i in range(len(samples))]
-    fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORE}
+    items = [item(samples, i) for i in range(len(samples))]
+    seen = [{**one, "attention_mask": [1] * len(one["labels"])} for one in items]
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
     return {
-        name: torch.tensor([item[name] + [value] * (width - len(item[name])) for item in items])
+        name: torch.tensor([one[name] + [value] * (width - len(one[name])) for one in seen])
         for name, value in fill.items()
     }
 
@@ -77,12 +77,12 @@ def test_loss_and_gradients_equal_those_of_transformers(
     )
     answer_model = AnswerModel(ours)
     assert answer_model.split, "the head must run on target positions only"
-    assert answer_model.packs
+    assert answer_model.can_pack
     batch = collate(samples, np.arange(len(samples)), packed=True)
     assert batch.input_ids.shape[0] == 1
     loss = answer_model(batch) / len(batch.target_ids)
     loss.backward()
-    inputs = reference_batch(samples, pad_id=0)
+    inputs = reference_batch(samples)
     output = theirs(**inputs)
     # transformers rounds logits to float32 before its loss, so the exact reference is its
     # logits under a plain float64 cross-entropy, and its own loss is met to float32.
@@ -156,7 +156,10 @@ def test_what_padding_holds_never_changes_loss_or_gradient(
         results = []
         for pad_id in (0, 17, len(tokenizer) - 1):
             model, _ = load_model(str(model_dirs[kind]))
-            loss = AnswerModel(model)(collate(samples, np.arange(8), pad_id))
+            batch = collate(samples, np.arange(8))
+            for row, length in zip(batch.input_ids, samples.lengths):
+                row[length:] = pad_id
+            loss = AnswerModel(model)(batch)
             loss.backward()
             results.append((loss, model.get_input_embeddings().weight.grad))
         for loss, grad in results[1:]:
@@ -184,7 +187,8 @@ def test_a_packed_row_keeps_its_samples_apart(model_dirs: dict[str, Path], token
 
 def test_padding_equal_to_eos_still_learns_eos(tokenizer: Any) -> None:
     samples = samples_of(tokenizer)
-    batch = collate(samples, np.arange(8), pad_id=tokenizer.eos_token_id)
+    batch = collate(samples, np.arange(8))
+    assert batch.input_ids[0, -1] == tokenizer.eos_token_id == 0  # what pads is the EOS here
     assert int((batch.target_ids == tokenizer.eos_token_id).sum()) == 8
 
 
@@ -273,7 +277,7 @@ def test_an_rms_norm_of_another_formula_is_left_alone(tokenizer: Any) -> None:
     speed_up(model)
     kept = {type(module).__name__ for module in model.modules()}
     assert {"Gemma2RMSNorm", "Gemma2MLP"} <= kept
-    assert not AnswerModel(model).packs  # it has a window
+    assert not AnswerModel(model).can_pack  # it has a window
 
 
 def test_a_directory_without_weights_needs_from_scratch(tmp_path: Path, tokenizer: Any) -> None:

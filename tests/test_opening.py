@@ -20,7 +20,7 @@ from transformers import (
 
 import zoo
 from config import UserError
-from conftest import cli, newest, train, train_config, weights_of
+from conftest import Runner, cli, newest, save, weights_of
 from extras import probe
 from model import AnswerModel, checkpoint_activations, context_length, load_model, load_tokenizer
 
@@ -35,6 +35,10 @@ def rewrite(directory: Path, change: Any) -> None:
     """Replace a directory's weights by what `change` makes of their dictionary."""
     file = directory / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def prefixed(prefix: str) -> Any:
@@ -92,24 +96,24 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_weights_of_another_model_are_refused_by_every_command(
-    damage: str, llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+    damage: str, llama: Path, run: Runner, data_file: Path, tmp_path: Path, capsys: Any
 ) -> None:
     change, message, name = DAMAGES[damage]
     rewrite(llama, change)
-    config = train_config(llama, data_file, tmp_path / "run")
-    path = tmp_path / "run.yaml"
-    testing = tmp_path / "test.yaml"
+    training, testing = run.file(model=llama), tmp_path / "test.yaml"
     testing.write_text(
         f"data: {{data_dir: {data_file}}}\nmodel_name: {llama}\n"
         f"test_params: {{log_file: {tmp_path / 'log.jsonl'}}}\n"
     )
-    assert train(config) == 2
-    for command in (("check", path), ("test", testing), ("ask", llama, "Why?")):
+    for command in (
+        ("train", training),
+        ("check", training),
+        ("test", testing),
+        ("ask", llama, "Why?"),
+    ):
+        assert cli(*command) == 2
         said = capsys.readouterr().err
         assert message in said and name in said and "Traceback" not in said, said
-        assert cli(*command) == 2
-    said = capsys.readouterr().err
-    assert message in said and name in said
 
 
 def test_a_head_for_another_task_is_left_over_and_said(llama: Path) -> None:
@@ -125,8 +129,7 @@ def test_caches_and_scales_of_other_programs_are_no_weights(llama: Path) -> None
 
 
 def test_a_head_of_its_own_in_a_model_that_ties_is_said(llama: Path) -> None:
-    config = json.loads((llama / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (llama / "config.json").write_text(json.dumps(config))
+    change_json(llama / "config.json", tie_word_embeddings=True)
     _, remarks = load_model(str(llama))
     assert remarks == [
         "the file has an output head of its own, so it is not tied, whatever config.json says"
@@ -151,26 +154,22 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "data"])
 def test_a_git_lfs_pointer_is_called_that(
-    file: str, llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+    file: str, llama: Path, run: Runner, data_file: Path, capsys: Any
 ) -> None:
     place = data_file if file == "data" else llama / file
     place.write_text(POINTER)
-    assert train(train_config(llama, data_file, tmp_path / "run")) == 2
+    run(model=llama, code=2)
     said = capsys.readouterr().err
     assert f"{place}: a Git LFS pointer" in said and "git lfs pull" in said
 
 
-def test_a_damaged_checkpoint_is_refused_as_a_base(
-    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
-) -> None:
-    config = train_config(model_dirs["llama"], data_file, tmp_path / "first")
-    assert train(config) == 0
-    base = tmp_path / "first" / "best"
-    assert train(train_config(base, data_file, tmp_path / "second")) == 0
+def test_a_damaged_checkpoint_is_refused_as_a_base(run: Runner, capsys: Any) -> None:
+    base = run(model="llama") / "best"
+    run(model=base)
     config_file = base / "config.json"
     config_file.write_text(config_file.read_text().replace("1e-06", "1e-05"))
     capsys.readouterr()
-    assert train(train_config(base, data_file, tmp_path / "third")) == 2
+    run(model=base, code=2)
     assert "damaged: the contents of config.json have changed" in capsys.readouterr().err
 
 
@@ -234,35 +233,22 @@ def test_what_transformers_cannot_train_is_refused(tokenizer: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("kind", ["ctrl", "openai-gpt"])
 def test_gradient_checkpointing_is_refused_where_there_is_none(
-    kind: str, tokenizer: Any, data_file: Path, tmp_path: Path, capsys: Any
+    kind: str, run: Runner, tokenizer: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    zoo.build(kind, len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    config = train_config(
-        tmp_path / "model",
-        data_file,
-        tmp_path / "run",
-        trainer__params__gradient_checkpointing=True,
-    )
-    assert train(config) == 2
+    model = save(zoo.build(kind, len(tokenizer)), tokenizer, tmp_path / "model")
+    run(model=model, code=2, trainer__params__gradient_checkpointing=True)
     assert f"gradient_checkpointing: found true; {kind} cannot do it" in capsys.readouterr().err
     with pytest.raises(UserError):
         checkpoint_activations(zoo.build(kind, len(tokenizer)))
 
 
-def test_a_router_loss_is_refused(
-    tokenizer: Any, data_file: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_router_loss_is_refused(run: Runner, tokenizer: Any, tmp_path: Path, capsys: Any) -> None:
     model = zoo.build("mixtral", len(tokenizer))
     model.config.output_router_logits = True
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    config = train_config(tmp_path / "model", data_file, tmp_path / "run")
-    assert train(config) == 2
+    run(model=save(model, tokenizer, tmp_path / "with"), code=2)
     assert "output_router_logits is true in its config.json" in capsys.readouterr().err
     model.config.output_router_logits = False
-    model.save_pretrained(tmp_path / "model")
-    assert train(config) == 0
+    run(model=save(model, tokenizer, tmp_path / "without"))
 
 
 # ---------------------------------------------------------------- positions and vocabularies
@@ -297,19 +283,15 @@ def with_a_token(directory: Path, token: str) -> None:
 
 
 def test_a_token_without_an_embedding_matters_only_if_a_text_gives_it(
-    llama: Path, data_file: Path, tmp_path: Path, capsys: Any
+    llama: Path, run: Runner, capsys: Any
 ) -> None:
     """As with gemma-3-1b, or a Llama 2 with an added padding token."""
     with_a_token(llama, "<image>")
-    config = train_config(llama, data_file, tmp_path / "run")
-    path = tmp_path / "run.yaml"
-    assert train(config) == 0
+    run(model=llama)
     capsys.readouterr()
-    assert cli("check", path, "trainer.checkpoint.dirpath=" + str(tmp_path / "other")) == 0
+    assert cli("check", run.file(model=llama)) == 0
     assert "no text here gives one of the others" in capsys.readouterr().out
-    template = "<image>{question}:"
-    config = train_config(llama, data_file, tmp_path / "new", data__prompt_template=template)
-    assert train(config) == 2
+    run(model=llama, code=2, data__prompt_template="<image>{question}:")
     said = capsys.readouterr().err
     assert "token '<image>' has the id" in said and "the model has embeddings for" in said
 
@@ -317,53 +299,41 @@ def test_a_token_without_an_embedding_matters_only_if_a_text_gives_it(
 # ------------------------------------------------------------------------------- what is shipped
 
 
-def test_what_is_shipped_ends_as_it_was_trained_to(
-    llama: Path, data_file: Path, tmp_path: Path
-) -> None:
+def shipped(directory: Path) -> dict[str, Any]:
+    """The generation settings of a model directory."""
+    return json.loads((directory / "generation_config.json").read_text())
+
+
+def test_what_is_shipped_ends_as_it_was_trained_to(llama: Path, run: Runner) -> None:
     """The base ends with another token, and a third one; `generate` must stop at ours."""
     tokenizer = load_tokenizer(str(llama))
     other, third = tokenizer.convert_tokens_to_ids(["'", "("])
     for before, after in ((other, [0, other]), ([other, third], [0, other, third]), (0, 0)):
         for name in ("config.json", "generation_config.json"):
-            content = json.loads((llama / name).read_text()) | {"eos_token_id": before}
-            (llama / name).write_text(json.dumps(content))
-        run = tmp_path / f"run-{before}"
-        assert train(train_config(llama, data_file, run)) == 0
-        for place in (run / "best", newest(run)):
-            assert (
-                json.loads((place / "generation_config.json").read_text())["eos_token_id"] == after
-            )
-    model = AutoModelForCausalLM.from_pretrained(run / "best")
+            change_json(llama / name, eos_token_id=before)
+        directory = run(model=llama)
+        for place in (directory / "best", newest(directory)):
+            assert shipped(place)["eos_token_id"] == after
+    model = AutoModelForCausalLM.from_pretrained(directory / "best")
     assert model.generation_config.eos_token_id == 0
 
 
-def test_an_end_that_only_a_default_names_is_no_end(
-    llama: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_an_end_that_only_a_default_names_is_no_end(llama: Path, run: Runner) -> None:
     """LlamaConfig's default is 2, a letter of this tokenizer."""
     (llama / "generation_config.json").unlink()
-    config = json.loads((llama / "config.json").read_text()) | {"eos_token_id": 2}
-    (llama / "config.json").write_text(json.dumps(config))
-    assert train(train_config(llama, data_file, tmp_path / "run")) == 0
-    shipped = json.loads((tmp_path / "run" / "best" / "generation_config.json").read_text())
-    assert shipped["eos_token_id"] == 0
+    change_json(llama / "config.json", eos_token_id=2)
+    assert shipped(run(model=llama) / "best")["eos_token_id"] == 0
 
 
-def test_settings_that_transformers_would_not_write_are_kept(
-    llama: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_settings_that_transformers_would_not_write_are_kept(llama: Path, run: Runner) -> None:
     """As Vicuna has them: temperature without do_sample."""
-    file = llama / "generation_config.json"
     settings = {"temperature": 0.6, "top_p": 0.9}
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 7} | settings))
-    assert train(train_config(llama, data_file, tmp_path / "run")) == 0
-    shipped = json.loads((tmp_path / "run" / "best" / "generation_config.json").read_text())
-    assert shipped["eos_token_id"] == [0, 7] and settings.items() <= shipped.items()
+    change_json(llama / "generation_config.json", eos_token_id=7, **settings)
+    found = shipped(run(model=llama) / "best")
+    assert found["eos_token_id"] == [0, 7] and settings.items() <= found.items()
 
 
-def test_the_tokenizers_files_are_shipped_unchanged(
-    llama: Path, data_file: Path, tmp_path: Path
-) -> None:
+def test_the_tokenizers_files_are_shipped_unchanged(llama: Path, run: Runner) -> None:
     """transformers would write its own class name, which transformers 4 and llama.cpp lack."""
     file = llama / "tokenizer_config.json"
     settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -371,10 +341,8 @@ def test_the_tokenizers_files_are_shipped_unchanged(
     (llama / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     names = [p.name for p in llama.iterdir() if "token" in p.name or "template" in p.name]
     assert len(names) >= 3
-    config = train_config(llama, data_file, tmp_path / "run", trainer__params__max_epochs=1)
-    assert train(config) == 0
-    resumed = ["trainer.ckpt_path=last", "trainer.params.max_epochs=2"]
-    assert train(config, *resumed) == 0
-    for place in (tmp_path / "run" / "best", newest(tmp_path / "run")):
+    directory = run(model=llama, trainer__params__max_epochs=1)
+    run.resume(directory, "trainer.params.max_epochs=2")
+    for place in (directory / "best", newest(directory)):
         for name in names:
             assert (place / name).read_bytes() == (llama / name).read_bytes(), name

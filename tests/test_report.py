@@ -92,6 +92,14 @@ def written(tmp_path: Path, title: str, samples: list[dict[str, Any]]) -> Page:
     return Page(path.read_bytes().decode("utf-8"))
 
 
+def marked(reference: str, generated: str) -> list[str]:
+    """Both texts as they stand in the HTML of a page."""
+    samples = [{"question": "", "reference": reference, "generated": generated}]
+    page = report._page("t", {}, samples).decode("utf-8")
+    _, *both = re.findall('<td dir="auto" class="text">(.*?)</td>', page, re.DOTALL)
+    return both
+
+
 def test_texts_are_only_text(tmp_path: Path) -> None:
     texts = [*NASTY, *STAND_INS]
     samples = [sample(i, text, text + " reference", text) for i, text in enumerate(texts)]
@@ -100,8 +108,11 @@ def test_texts_are_only_text(tmp_path: Path) -> None:
     assert page.cells == [cell for text in shown for cell in (text, text + " reference", text)]
     # One title in the head; others belong to the bars of the histograms.
     assert page.texts["title"][0] == NASTY[0] + NASTY[4]
-    assert page.texts["script"] == [report.SCRIPT]
-    assert page.texts["style"] == [report.STYLE]
+    # One script and one style sheet, which are the template's, untouched.
+    template = report.TEMPLATE.read_text("utf-8")
+    [script], [style] = page.texts["script"], page.texts["style"]
+    for name, text in (("script", script), ("style", style)):
+        assert f"{{% set {name} %}}\n{text}{{% endset -%}}" in template
     names = {name for name, _ in page.elements}
     assert not names & {"img", "iframe", "link", "object", "embed", "base", "form", "a"}
     for _, attributes in page.elements:
@@ -125,13 +136,17 @@ def test_policy_allows_our_script_and_style_only(tmp_path: Path) -> None:
 
 def test_differences_by_hand() -> None:
     assert report.differences("the cat sat", "the dog sat") == (
+        [(False, "the "), (True, "cat"), (False, " sat")],
+        [(False, "the "), (True, "dog"), (False, " sat")],
+    )
+    assert marked("the cat sat", "the dog sat") == [
         "the <del>cat</del> sat",
         "the <ins>dog</ins> sat",
-    )
-    assert report.differences("a b c d", "a d") == ("a <del>b c</del> d", "a d")
-    assert report.differences(" a\n", " a\n b <i> ") == (" a\n", " a\n <ins>b &lt;i&gt;</ins> ")
-    assert report.differences("", "x") == ("", "<ins>x</ins>")
-    assert report.differences("", "") == ("", "")
+    ]
+    assert marked("a b c d", "a d") == ["a <del>b c</del> d", "a d"]
+    assert marked(" a\n", " a\n b <i> ") == [" a\n", " a\n <ins>b &lt;i&gt;</ins> "]
+    assert marked("", "x") == ["", "<ins>x</ins>"]
+    assert marked("", "") == ["", ""]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -141,9 +156,12 @@ def test_differences_by_hand() -> None:
     | st.lists(st.sampled_from(["a", "<b>", "&amp;", "\r\n"])).map(" ".join),
 )
 def test_marks_change_no_text(reference: str, generated: str) -> None:
-    for text, marked in zip((reference, generated), report.differences(reference, generated)):
+    texts = (reference, generated)
+    for text, parts in zip(texts, report.differences(reference, generated)):
+        assert "".join(part for _, part in parts) == text
+    for text, shown in zip(texts, marked(reference, generated)):
         expected = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\u2400")
-        plain = re.sub("</?(ins|del)>", "", marked)
+        plain = re.sub("</?(ins|del)>", "", shown)
         assert not re.search("[<>\"'\r]", plain)
         assert html.unescape(plain) == expected
 
@@ -152,7 +170,7 @@ def test_repetitive_texts_take_no_time() -> None:
     left = " ".join(str(i % 2) for i in range(2000))
     right = " ".join(str(i // 2 % 2) for i in range(2000))
     started = time.process_time()
-    assert report.differences(left, right) == (left, right)
+    assert report.differences(left, right) == ([(False, left)], [(False, right)])
     assert time.process_time() - started < 1
 
 
@@ -173,8 +191,22 @@ def test_scores_are_shown(tmp_path: Path) -> None:
     assert "nan" not in re.sub("<style>.*</style>|<script>.*</script>", "", content, flags=re.S)
 
 
+def test_stand_ins_are_shown_for_any_text(tmp_path: Path) -> None:
+    text = "".join(STAND_INS) + "\r<"
+    path = tmp_path / "report.html"
+    report.write_report(path, text, {text: {"value": 1.0}}, [sample(0, text, text, "g")])
+    shown = "".join(STAND_INS.values()) + "&#13;&lt;"
+    # The title in the head and on the page, the name of the score, the question, the reference.
+    assert path.read_bytes().decode("utf-8").count(shown) == 5
+    assert not set(path.read_bytes()) & set(b"\0\r")
+
+
 def test_histogram_counts_each_answer_once() -> None:
-    drawn = report._histogram("F1", [0.0, 0.049, 0.05, 0.5, 0.999, 1.0])
+    scores = [0.0, 0.049, 0.05, 0.5, 0.999, 1.0]
+    samples = [
+        {"question": "q", "reference": "r", "generated": "g", "token_f1": score} for score in scores
+    ]
+    drawn = report._page("t", {}, samples).decode("utf-8")
     counts = dict(re.findall(r"<title>(\S+) to \S+: (\d+) answers</title>", drawn))
     assert len(counts) == report.BINS
     assert {start: n for start, n in counts.items() if n != "0"} == {

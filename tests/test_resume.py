@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
+import checkpoint
+import evaluate
+from checkpoint import State, Step
 from conftest import (
+    Runner,
     metrics_of,
     newest,
+    process,
     rows,
+    save,
     tiny_config,
-    train,
-    train_config,
     weights_of,
+    write_data,
 )
-from run import Run
 
 
 def same(a: Any, b: Any) -> bool:
@@ -44,34 +50,37 @@ def assert_same_run(a: Path, b: Path) -> None:
         assert same(weights_of(a / name), weights_of(b / name)), name
     states = [torch.load(newest(run) / "trainer_state.pt", weights_only=True) for run in (a, b)]
     for state in states:
-        for private in ("seconds", "wandb_id"):
+        for private in ("seconds", "window_seconds", "wandb_id"):
             state["state"].pop(private)
         state.pop("metrics_size")  # timings have different numbers of digits
         state.pop("config")
     assert same(states[0], states[1])
 
 
-def stop_after(steps: int, monkeypatch: Any, number: int = signal.SIGTERM) -> None:
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a run that was stopped
+
+
+@contextmanager
+def stop_after(steps: int, number: int = signal.SIGTERM) -> Iterator[None]:
     """Send this process a signal in the middle of a step, as a batch system would."""
-    original = Run.set_learning_rate
+    original = State.count
 
-    def signalling(self: Run) -> float:
-        if self.state.position + 1 == steps:
+    def signalling(state: State, step: Step) -> None:
+        if state.position + 1 == steps:
             os.kill(os.getpid(), number)
-        return original(self)
+        original(state, step)
 
-    monkeypatch.setattr(Run, "set_learning_rate", signalling)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(State, "count", signalling)
+        yield
 
 
 @pytest.fixture(scope="module")
 def dropout_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("dropout-model")
-    AutoModelForCausalLM.from_config(
-        tiny_config("gpt_neo", len(tokenizer), dropout=0.2)
-    ).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+    config = tiny_config("gpt_neo", len(tokenizer), dropout=0.2)
+    model = AutoModelForCausalLM.from_config(config)
+    return save(model, tokenizer, tmp_path_factory.mktemp("dropout-model"))
 
 
 FAMILIES = ("gpt_neo", "gpt2", "llama", "bf16", "mamba", "moe")
@@ -109,15 +118,11 @@ def families(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[s
     """
     directories = {}
     for kind in FAMILIES:
-        directories[kind] = tmp_path_factory.mktemp("families") / kind
-        config = family_config(kind, len(tokenizer))
+        made = family_config(kind, len(tokenizer))
         if kind == "bf16":
             torch.manual_seed(1)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            model.save_pretrained(directories[kind])
-        else:
-            config.save_pretrained(directories[kind])
-        tokenizer.save_pretrained(directories[kind])
+            made = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+        directories[kind] = save(made, tokenizer, tmp_path_factory.mktemp("families") / kind)
     return directories
 
 
@@ -151,71 +156,56 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(
-    case: str, dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
+    case: str, run: Runner, dropout_model: Path
 ) -> None:
     stop, changes = CASES[case]
-    whole = train_config(dropout_model, data_file, tmp_path / "whole", **changes)
-    parts = train_config(dropout_model, data_file, tmp_path / "parts", **changes)
-    assert train(whole) == 0
-    with monkeypatch.context() as patched:
-        stop_after(stop, patched)
-        assert train(parts) == 128 + signal.SIGTERM
-    assert newest(tmp_path / "parts").name == f"step-{stop:06d}"
-    assert train(parts, "trainer.ckpt_path=last") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole = run(model=dropout_model, **changes)
+    with stop_after(stop):
+        parts = run(model=dropout_model, code=TERMINATED, **changes)
+    assert newest(parts).name == f"step-{stop:06d}"
+    run.resume(parts)
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_resumes_bitwise(
-    family: str, families: dict[str, Path], data_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_every_family_resumes_bitwise(family: str, run: Runner, families: dict[str, Path]) -> None:
     """Stopped twice: between two validations that sample, and where one of them is due."""
     changes = SAMPLED | {
         "model_params__from_scratch": True,
         "trainer__params__val_check_interval": 2,
         "trainer__params__max_steps": 8,
     }
-    whole = train_config(families[family], data_file, tmp_path / "whole", **changes)
-    parts = train_config(families[family], data_file, tmp_path / "parts", **changes)
-    assert train(whole) == 0
-    resume: list[str] = []
-    for step in (3, 4):
-        with monkeypatch.context() as patched:
-            stop_after(step, patched)
-            assert train(parts, *resume) == 128 + signal.SIGTERM
-        resume = ["trainer.ckpt_path=last"]
-    assert train(parts, *resume) == 0
-    assert unaligned(newest(tmp_path / "parts")), "this test sees more with other sizes"
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole = run(model=families[family], **changes)
+    with stop_after(3):
+        parts = run(model=families[family], code=TERMINATED, **changes)
+    with stop_after(4):
+        run.resume(parts, code=TERMINATED)
+    run.resume(parts)
+    assert unaligned(newest(parts)), "this test sees more with other sizes"
+    assert_same_run(whole, parts)
 
 
-def test_stopping_again_and_again_changes_nothing(
-    dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_stopping_again_and_again_changes_nothing(run: Runner, dropout_model: Path) -> None:
     changes = SAMPLED | {"trainer__params__val_check_interval": 3}
-    whole = train_config(dropout_model, data_file, tmp_path / "whole", **changes)
-    parts = train_config(dropout_model, data_file, tmp_path / "parts", **changes)
-    assert train(whole) == 0
-    resume: list[str] = []
-    for step in range(1, 12):
-        with monkeypatch.context() as patched:
-            stop_after(step, patched, signal.SIGINT)
-            assert train(parts, *resume) == 128 + signal.SIGINT
-        resume = ["trainer.ckpt_path=last"]
-    assert train(parts, *resume) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    interrupted = 128 + signal.SIGINT
+    whole = run(model=dropout_model, **changes)
+    with stop_after(1, signal.SIGINT):
+        parts = run(model=dropout_model, code=interrupted, **changes)
+    for step in range(2, 12):
+        with stop_after(step, signal.SIGINT):
+            run.resume(parts, code=interrupted)
+    run.resume(parts)
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("where", ["summed_loss", "generate"])
 def test_a_signal_during_validation_or_generation_loses_nothing(
-    where: str, dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
+    where: str, run: Runner, dropout_model: Path, monkeypatch: Any
 ) -> None:
     import evaluate
 
     changes = SAMPLED | {"trainer__params__num_sanity_val_steps": 0}
-    whole = train_config(dropout_model, data_file, tmp_path / "whole", **changes)
-    parts = train_config(dropout_model, data_file, tmp_path / "parts", **changes)
-    assert train(whole) == 0
+    whole = run(model=dropout_model, **changes)
     original = getattr(evaluate, where)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -224,93 +214,71 @@ def test_a_signal_during_validation_or_generation_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, where, interrupted)
-        assert train(parts) == 128 + signal.SIGTERM
+        parts = run(model=dropout_model, code=TERMINATED, **changes)
     # Stopped in the validation after step 6: it is not logged yet, and done when resumed.
-    assert not any("val_loss" in line for line in metrics_of(tmp_path / "parts"))
-    assert train(parts, "trainer.ckpt_path=last") == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert not any("val_loss" in line for line in metrics_of(parts))
+    run.resume(parts)
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("metric, best", [("val_loss", 2), ("val_token_f1", 1)])
 def test_the_best_score_is_remembered(
-    metric: str,
-    best: int,
-    dropout_model: Path,
-    data_file: Path,
-    tmp_path: Path,
-    monkeypatch: Any,
+    metric: str, best: int, run: Runner, monkeypatch: Any
 ) -> None:
     """A resumed run that gets worse, and ties, must leave `best` as it is."""
-    import run as run_module
-
     scores = iter([3.0, 1.0, 2.0, 2.0, 1.0, 3.0])
-    monkeypatch.setattr(run_module, "validate", lambda *_: ({metric: next(scores)}, []))
-    config = train_config(
-        dropout_model,
-        data_file,
-        tmp_path / "run",
-        model_params__do_compute_metrics=metric != "val_loss",
-        trainer__checkpoint__log_obg=metric,
-        trainer__checkpoint__mode="min" if metric == "val_loss" else "max",
-        trainer__params__max_epochs=1,
-        trainer__params__val_check_interval=1,
-    )
-    with monkeypatch.context() as patched:
-        stop_after(3, patched)
-        assert train(config) == 128 + signal.SIGTERM
-    assert train(config, "trainer.ckpt_path=last") == 0
+    monkeypatch.setattr(evaluate, "validate", lambda *_: ({metric: next(scores)}, []))
+    with stop_after(3):
+        directory = run(
+            code=TERMINATED,
+            model_params__do_compute_metrics=metric != "val_loss",
+            trainer__checkpoint__log_obg=metric,
+            trainer__checkpoint__mode="min" if metric == "val_loss" else "max",
+            trainer__params__max_epochs=1,
+            trainer__params__val_check_interval=1,
+        )
+    run.resume(directory)
     assert next(scores, None) is None  # all of them were seen
-    assert json.loads((tmp_path / "run" / "best" / "sft.json").read_text())["global_step"] == best
-    state = torch.load(newest(tmp_path / "run") / "trainer_state.pt", weights_only=True)["state"]
+    assert json.loads((directory / "best" / "sft.json").read_text())["global_step"] == best
+    state = torch.load(newest(directory) / "trainer_state.pt", weights_only=True)["state"]
     assert state["best_step"] == best
 
 
-def test_finding_the_position_replays_no_data(
-    dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
-) -> None:
-    import run as run_module
+@pytest.fixture
+def stopped(run: Runner, dropout_model: Path) -> Path:
+    """The directory of a run that was stopped after step 5."""
+    with stop_after(5):
+        return run(model=dropout_model, code=TERMINATED)
 
-    config = train_config(dropout_model, data_file, tmp_path / "run")
-    with monkeypatch.context() as patched:
-        stop_after(10, patched)
-        train(config)
-    collated: list[int] = []
-    original = run_module.collate
 
-    def counting(samples: Any, part: Any, **kwargs: Any) -> Any:
-        collated.append(len(part))
-        return original(samples, part, **kwargs)
+def test_a_run_that_has_come_far_resumes_at_once(stopped: Path) -> None:
+    """Going through the data of a billion steps again would exceed the process's two minutes."""
+    far = 10**9
 
-    monkeypatch.setattr(run_module, "collate", counting)
-    assert train(config, "trainer.ckpt_path=last") == 0
-    assert sum(collated) == 6  # the last two steps of the second epoch: 4 and 2 samples
+    def write(directory: Path) -> None:
+        without = shutil.ignore_patterns("manifest.json")
+        shutil.copytree(newest(stopped), directory, ignore=without, dirs_exist_ok=True)
+        content = torch.load(directory / "trainer_state.pt", weights_only=True)
+        content["state"] |= {"position": far, "global_step": far}
+        torch.save(content, directory / "trainer_state.pt")
+
+    checkpoint.save(stopped, checkpoint.step_name(far), write)
+    goal = ["trainer.params.max_epochs=-1", f"trainer.params.max_steps={far + 2}"]
+    result = process("train", f"{stopped}.yaml", "trainer.ckpt_path=last", *goal)
+    assert result.returncode == 0, result.stderr
+    steps = [line["step"] for line in metrics_of(stopped) if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, far + 1, far + 2]
 
 
 def test_a_moved_run_directory_still_resumes(
-    dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
+    stopped: Path, run: Runner, dropout_model: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    config = train_config(dropout_model, data_file, tmp_path / "run")
-    with monkeypatch.context() as patched:
-        stop_after(5, patched)
-        train(config)
-    (tmp_path / "elsewhere").mkdir()
-    shutil.move(tmp_path / "run", tmp_path / "elsewhere" / "moved")
-    moved_data = shutil.move(data_file, tmp_path / "elsewhere" / "facts.json")
-    config = train_config(dropout_model, moved_data, tmp_path / "elsewhere" / "moved")
-    assert train(config, "trainer.ckpt_path=last") == 0
-    assert newest(tmp_path / "elsewhere" / "moved").name == "step-000012"
-
-
-@pytest.fixture
-def stopped(
-    dropout_model: Path, data_file: Path, tmp_path: Path, monkeypatch: Any
-) -> dict[str, Any]:
-    """The configuration of a run that was stopped after step 5."""
-    config = train_config(dropout_model, data_file, tmp_path / "run")
-    with monkeypatch.context() as patched:
-        stop_after(5, patched)
-        assert train(config) == 143
-    return config
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(stopped, elsewhere / "moved")
+    data = Path(shutil.move(data_file, elsewhere / "facts.json"))
+    run("trainer.ckpt_path=last", model=dropout_model, data=data, name="elsewhere/moved")
+    assert newest(elsewhere / "moved").name == "step-000012"
 
 
 @pytest.mark.parametrize(
@@ -328,115 +296,102 @@ def stopped(
     ],
 )
 def test_what_would_change_the_meaning_of_the_state_is_refused(
-    override: str, named: str, stopped: dict[str, Any], capsys: Any
+    override: str, named: str, stopped: Path, run: Runner, capsys: Any
 ) -> None:
-    before = sorted(p.name for p in Path(stopped["trainer"]["checkpoint"]["dirpath"]).iterdir())
-    assert train(stopped, "trainer.ckpt_path=last", override) == 2
+    before = sorted(p.name for p in stopped.iterdir())
+    run.resume(stopped, override, code=2)
     message = capsys.readouterr().err
     assert named in message and "cannot be resumed" in message
-    after = sorted(p.name for p in Path(stopped["trainer"]["checkpoint"]["dirpath"]).iterdir())
-    assert after == before
+    assert sorted(p.name for p in stopped.iterdir()) == before
 
 
 def test_another_model_is_refused(
-    stopped: dict[str, Any], model_dirs: dict[str, Path], capsys: Any
+    stopped: Path, run: Runner, model_dirs: dict[str, Path], capsys: Any
 ) -> None:
-    other = f"model_name={model_dirs['gpt2']}"
-    assert train(stopped, "trainer.ckpt_path=last", other) == 2
+    run.resume(stopped, f"model_name={model_dirs['gpt2']}", code=2)
     assert "model: the checkpoint has" in capsys.readouterr().err
 
 
-def test_another_measure_of_the_best_starts_anew(stopped: dict[str, Any], tmp_path: Path) -> None:
-    overrides = [
+def test_another_measure_of_the_best_starts_anew(stopped: Path, run: Runner) -> None:
+    run.resume(
+        stopped,
         "trainer.checkpoint.log_obg=val_token_f1",
         "trainer.checkpoint.mode=max",
         "model_params.do_compute_metrics=true",
         "model_params.val_generate_params.max_new_tokens=3",
-    ]
-    assert train(stopped, "trainer.ckpt_path=last", *overrides) == 0
-    details = json.loads((tmp_path / "run" / "best" / "sft.json").read_text())
+    )
+    details = json.loads((stopped / "best" / "sft.json").read_text())
     assert details["best_val_token_f1"] <= 1 and details["global_step"] > 5
 
 
 def test_a_branch_has_a_best_and_a_wandb_run_of_its_own(
-    stopped: dict[str, Any], tmp_path: Path
+    stopped: Path, run: Runner, tmp_path: Path
 ) -> None:
-    assert train(stopped, "trainer.ckpt_path=last") == 0
-    branch = f"trainer.checkpoint.dirpath={tmp_path / 'branch'}"
-    older = f"trainer.ckpt_path={tmp_path / 'run' / 'step-000005'}"
-    assert train(stopped, older, branch) == 0
-    assert (tmp_path / "branch" / "best" / "model.safetensors").exists()
-    ids = {
-        torch.load(newest(tmp_path / run) / "trainer_state.pt", weights_only=True)["state"][
-            "wandb_id"
-        ]
-        for run in ("run", "branch")
-    }
+    run.resume(stopped)
+    branch = tmp_path / "branch"
+    older = f"trainer.ckpt_path={stopped / 'step-000005'}"
+    run.resume(stopped, older, f"trainer.checkpoint.dirpath={branch}")
+    assert (branch / "best" / "model.safetensors").exists()
+    states = [newest(directory) / "trainer_state.pt" for directory in (stopped, branch)]
+    ids = {torch.load(state, weights_only=True)["state"]["wandb_id"] for state in states}
     assert len(ids) == 2
 
 
 def test_two_processes_do_not_train_in_one_directory(
-    stopped: dict[str, Any], tmp_path: Path, capsys: Any
+    stopped: Path, run: Runner, capsys: Any
 ) -> None:
-    import checkpoint
-
-    held = checkpoint.lock(tmp_path / "run")
-    assert train(stopped, "trainer.ckpt_path=last") == 2
+    with checkpoint.locked(stopped):
+        run.resume(stopped, code=2)
     assert "another process is training in this directory" in capsys.readouterr().err
-    held.close()
-    assert train(stopped, "trainer.ckpt_path=last") == 0
+    run.resume(stopped)
 
 
 def test_another_data_file_is_refused(
-    stopped: dict[str, Any], data_file: Path, capsys: Any
+    stopped: Path, run: Runner, data_file: Path, capsys: Any
 ) -> None:
-    data_file.write_text(json.dumps({"train": rows(22, offset=1), "val": rows(6, offset=40)}))
-    assert train(stopped, "trainer.ckpt_path=last") == 2
+    write_data(data_file, train=rows(22, offset=1), val=rows(6, offset=40))
+    run.resume(stopped, code=2)
     assert "data: the checkpoint has" in capsys.readouterr().err
 
 
-def test_what_the_user_may_change_wins_and_is_named(stopped: dict[str, Any], capsys: Any) -> None:
-    import conftest
-
-    path = Path(stopped["trainer"]["checkpoint"]["dirpath"]).with_suffix(".yaml")
-    overrides = ["trainer.params.max_epochs=3", "trainer.params.log_every_n_steps=2"]
-    assert conftest.cli("train", path, "trainer.ckpt_path=last", *overrides) == 0
+def test_what_the_user_may_change_wins_and_is_named(
+    stopped: Path, run: Runner, capsys: Any
+) -> None:
+    run.resume(stopped, "trainer.params.max_epochs=3", "trainer.params.log_every_n_steps=2")
     output = capsys.readouterr().out
     assert "trainer.params.max_epochs: was 2, goes on with 3" in output
     assert "trainer.params.log_every_n_steps: was 1, goes on with 2" in output
-    assert newest(Path(stopped["trainer"]["checkpoint"]["dirpath"])).name == "step-000018"
+    assert newest(stopped).name == "step-000018"
 
 
-def test_the_same_step_in_other_micro_batches_may_go_on(stopped: dict[str, Any]) -> None:
-    overrides = ["data.batch_size=2", "trainer.params.accumulate_grad_batches=2"]
-    assert train(stopped, "trainer.ckpt_path=last", *overrides) == 0
+def test_the_same_step_in_other_micro_batches_may_go_on(stopped: Path, run: Runner) -> None:
+    run.resume(stopped, "data.batch_size=2", "trainer.params.accumulate_grad_batches=2")
 
 
-def test_a_new_run_does_not_overwrite_an_old_one(stopped: dict[str, Any], capsys: Any) -> None:
-    assert train(stopped) == 2
+def test_a_new_run_does_not_overwrite_an_old_one(
+    stopped: Path, run: Runner, dropout_model: Path, capsys: Any
+) -> None:
+    run(model=dropout_model, name=stopped.name, code=2)
     message = capsys.readouterr().err
     assert "already holds a run (step-000005)" in message
     assert "trainer.ckpt_path=last" in message
 
 
 def test_an_older_checkpoint_needs_another_directory(
-    stopped: dict[str, Any], tmp_path: Path, capsys: Any
+    stopped: Path, run: Runner, tmp_path: Path, capsys: Any
 ) -> None:
-    assert train(stopped, "trainer.ckpt_path=last") == 0
-    older = tmp_path / "run" / "step-000005"
-    assert train(stopped, f"trainer.ckpt_path={older}") == 2
+    run.resume(stopped)
+    older = f"trainer.ckpt_path={stopped / 'step-000005'}"
+    run.resume(stopped, older, code=2)
     assert "older than step-000012" in capsys.readouterr().err
-    branch = f"trainer.checkpoint.dirpath={tmp_path / 'branch'}"
-    assert train(stopped, f"trainer.ckpt_path={older}", branch) == 0
-    assert same(
-        weights_of(tmp_path / "run" / "step-000012"), weights_of(newest(tmp_path / "branch"))
-    )
+    branch = tmp_path / "branch"
+    run.resume(stopped, older, f"trainer.checkpoint.dirpath={branch}")
+    assert same(weights_of(stopped / "step-000012"), weights_of(newest(branch)))
 
 
-def test_resuming_a_finished_run_changes_nothing(stopped: dict[str, Any], tmp_path: Path) -> None:
-    assert train(stopped, "trainer.ckpt_path=last") == 0
-    before = weights_of(newest(tmp_path / "run"))
-    lines = metrics_of(tmp_path / "run")
-    assert train(stopped, "trainer.ckpt_path=last") == 0
-    assert same(before, weights_of(newest(tmp_path / "run")))
-    assert metrics_of(tmp_path / "run") == lines
+def test_resuming_a_finished_run_changes_nothing(stopped: Path, run: Runner) -> None:
+    run.resume(stopped)
+    before, lines = weights_of(newest(stopped)), metrics_of(stopped)
+    run.resume(stopped)
+    assert same(before, weights_of(newest(stopped)))
+    assert metrics_of(stopped) == lines

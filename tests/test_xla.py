@@ -46,14 +46,14 @@ def counted(metric: str) -> int:
 def count_after_steps(monkeypatch: pytest.MonkeyPatch, metric: str) -> list[int]:
     """What XLA's metric has counted after each step from now on."""
     counts: list[int] = []
-    original = xla.XlaDevice.step
+    original = xla.XlaDevice.read
 
-    def step(self: Any, *args: Any) -> Any:
-        result = original(self, *args)
+    def read(self: Any, *scalars: Any) -> Any:
+        result = original(self, *scalars)
         counts.append(counted(metric))
         return result
 
-    monkeypatch.setattr(xla.XlaDevice, "step", step)
+    monkeypatch.setattr(xla.XlaDevice, "read", read)
     return counts
 
 
@@ -99,14 +99,14 @@ def test_a_step_that_is_no_number_changes_nothing(
     model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of three steps is made infinite: weights after it are those of before."""
-    original = xla.XlaDevice.backward
-    seen: list[dict[str, torch.Tensor]] = []
+    original = torch.amp.GradScaler.scale
+    seen = [0]
 
-    def backward(self: Any, loss: torch.Tensor) -> None:
-        original(self, loss * float("inf") if 2 <= len(seen) < 4 else loss)
-        seen.append({})
+    def scale(self: Any, loss: torch.Tensor) -> Any:
+        seen[0] += 1
+        return original(self, loss * float("inf") if 3 <= seen[0] < 5 else loss)
 
-    monkeypatch.setattr(xla.XlaDevice, "backward", backward)
+    monkeypatch.setattr(torch.amp.GradScaler, "scale", scale)
     path = config(model_dirs["gpt_neo"], uneven, tmp_path / "run", "tpu")
     assert cli("train", path, "trainer.params.max_epochs=1", "--quiet") == 0
     lines = metrics_of(tmp_path / "run")

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import freeze
 import zoo
 from config import GenerateParams, UserError
-from conftest import rows
-from data import Encoder, Pair, Prompt, Samples, collate, prepare_train
+from conftest import conversations
+from data import Encoder, Prompt, Samples, collate, prepare_train
 from device import Device
 from extras import probe
-from extras.generation import generate
+from extras.generation import Batching, Decoding, generate
 from model import AnswerModel, load_model
 
 DEVICE = Device("cpu")
@@ -43,15 +43,14 @@ SHORT_LIST = (
 
 
 def samples_of(tokenizer: Any) -> Samples:
-    pairs = [Pair(i, r["Question"], r["Answer"]) for i, r in enumerate(rows(8), 1)]
-    return prepare_train(pairs, Encoder(tokenizer), 64)
+    return prepare_train(conversations(8), Encoder(tokenizer), 64)
 
 
 def reference_loss(model: Any, samples: Samples) -> Tensor:
     """Plain transformers, one sample at a time, without padding; it leaves its gradients."""
     total = torch.zeros(())
     for i in range(len(samples)):
-        ids, prompt = samples.ids(i)
+        ids, prompt = samples.sample(i)[0], len(samples.prompt(i))
         tokens = torch.from_numpy(ids.astype(np.int64))
         logits = model(tokens[None], use_cache=False).logits[0, prompt - 1 : -1]
         loss = torch.nn.functional.cross_entropy(logits, tokens[prompt:], reduction="sum")
@@ -100,8 +99,8 @@ def reference_answers(model: Any, prompts: list[Prompt], by_generate: bool) -> l
 
 def answers_of(model: AnswerModel, prompts: list[Prompt], side: str, size: int) -> list[list[int]]:
     params = GenerateParams(max_new_tokens=NEW, eos_token_id=0)
-    options: dict[str, Any] = {"padding_side": side, "batch_size": size}
-    found = generate(model, prompts, params, DEVICE, eos=0, seed=0, **options)
+    batching = Batching(size, padding_side=side)
+    found = generate(model, prompts, DEVICE, Decoding(params, seed=0), batching)
     return [a.tokens for a in sorted(found, key=lambda a: a.prompt.row)]
 
 
@@ -117,7 +116,7 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     theirs = AutoModelForCausalLM.from_pretrained(directory)
     samples = samples_of(tokenizer)
     plain.train()
-    batch = collate(samples, np.arange(len(samples)), packed=model.packs)
+    batch = collate(samples, np.arange(len(samples)), packed=model.can_pack)
     loss = model(batch)
     loss.backward()
     theirs.train()
@@ -127,13 +126,10 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     plain.eval()
     theirs.eval()
     with torch.no_grad():  # opening, trying and training have left the weights as they were
-        ids = torch.from_numpy(samples.ids(3)[0].astype(np.int64))[None]
+        ids = torch.from_numpy(samples.sample(3)[0].astype(np.int64))[None]
         outputs = (one(ids, use_cache=False).logits for one in (plain, theirs))
         assert probe.close(*outputs), name
-    prompts = [
-        Prompt(i, "", "", samples.ids(i)[0][: samples.ids(i)[1]].tolist())
-        for i in range(len(samples))
-    ]
+    prompts = [Prompt(i, "", "", samples.prompt(i)) for i in range(len(samples))]
     with torch.no_grad():
         wanted = reference_answers(theirs, prompts, by_generate=model.cache != "none")
     right = {
@@ -144,7 +140,7 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     kinds: Counter[str] = Counter()
     for _, kind, parameter in freeze.classify(plain):
         kinds[kind] += parameter.numel()
-    path = "packed" if model.packs else "padded"
+    path = "packed" if model.can_pack else "padded"
     head = "targets" if model.split else "whole"
     shares = " ".join(f"{k} {n / sum(kinds.values()):.0%}" for k, n in sorted(kinds.items()))
     line = (
