@@ -429,8 +429,11 @@ def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
+        # The norm is made whole before it clips: torch 2.9 adds its epsilon to each rank's part.
+        grads = [p.grad for p in run.trainable if p.grad is not None]
+        norm = whole_tensor(torch.nn.utils.get_total_norm(grads))
         clip = params.gradient_clip_val or math.inf
-        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(run.trainable, clip))
+        torch.nn.utils.clip_grads_with_norm_(run.trainable, clip, norm)
         finite = loss.isfinite() & norm.isfinite()
         device.step_if(finite, optimizer)
         scale = scaler.get_scale()
