@@ -260,9 +260,7 @@ def test_model(
         "data.max_prompt_length + generate_params.max_new_tokens",
     )
     references = reference_samples(encoder, prompts, context_length(model.model))
-    largest = max(
-        int(references.input_ids.max(initial=0)), *(max(p.input_ids, default=0) for p in prompts)
-    )
+    largest = int(references.input_ids.max(initial=0))
     remarks += check_ids(model.model, opened.tokenizer, largest, config.data.data_dir)
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
@@ -289,7 +287,8 @@ def test_model(
             )
             return False
         window = prompts[len(records) : len(records) + config.test_params.save_steps]
-        done = answer_window(opened, encoder, window, config, device)
+        known = references.subset(np.arange(len(records), len(records) + len(window)))
+        done = answer_window(opened, window, known, config, device)
         ranks.on_rank_zero(partial(log.append, done))
         records += done
         tokens += sum(record["generated_tokens"] for record in done)
@@ -319,14 +318,19 @@ def test_model(
 
 
 def answer_window(
-    opened: Opened, encoder: Encoder, prompts: Sequence[Prompt], config: TestConfig, device: Device
+    opened: Opened,
+    prompts: Sequence[Prompt],
+    references: Samples,
+    config: TestConfig,
+    device: Device,
 ) -> list[dict[str, Any]]:
-    """The finished log records of `prompts`, in their order.
+    """The finished log records of `prompts`, in their order; references: see reference_samples.
 
     The ranks share the prompts; the records of all are on every rank.
     """
     ranks, params = device.ranks, config.test_params
-    own = prompts[ranks.rank :: ranks.world_size]
+    mine = slice(ranks.rank, None, ranks.world_size)
+    own = prompts[mine]
     padded = config.data.padding or device.static_shapes
     batching = Batching(
         params.batch_size,
@@ -338,7 +342,8 @@ def answer_window(
     answers = list(generate(opened.model, own, device, decoding, batching))
     answers.sort(key=lambda answer: answer.prompt.row)
     records = [describe(answer, opened.tokenizer, params.do_compute_metrics) for answer in answers]
-    losses = reference_losses(opened.model, encoder, own, device, params.batch_size)
+    known = references.subset(np.arange(len(prompts))[mine])
+    losses = reference_losses(opened.model, known, device, params.batch_size)
     for record, (loss, count) in zip(records, losses):
         record |= {"reference_nll": round(loss, 6), "reference_tokens": count}
     everyone = [record for part in ranks.all_gather(records) for record in part]
@@ -368,15 +373,10 @@ def reference_samples(encoder: Encoder, prompts: Sequence[Prompt], context: int 
 
 
 def reference_losses(
-    model: AnswerModel,
-    encoder: Encoder,
-    prompts: Sequence[Prompt],
-    device: Device,
-    batch_size: int,
+    model: AnswerModel, samples: Samples, device: Device, batch_size: int
 ) -> list[tuple[float, int]]:
-    """(-log p of the reference answer and its EOS, number of these tokens) for each prompt."""
-    samples = reference_samples(encoder, prompts, context_length(model.model))
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(prompts)
+    """(-log p of the reference answer and its EOS, number of these tokens) for each sample."""
+    results: list[tuple[float, int]] = [(0.0, 0)] * len(samples)
     batches = micro_batches(np.arange(len(samples)), batch_size, -samples.lengths)
     shape = None
     if device.static_shapes and len(samples):  # rounded up, so that few windows need a new one

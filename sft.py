@@ -313,8 +313,9 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     """
     params, ranks, remarks = config.trainer.params, device.ranks, list[str]()
     source = DataSource.configured(config.data)
+    base = find_model(config.model_name, remarks.append)
     opened = open_model(
-        resumed_from or find_model(config.model_name, remarks.append),
+        resumed_from or base,
         from_scratch=config.model_params.from_scratch and not resumed_from,
         dtype=device.weights_dtype,
         seed=config.seed,
@@ -347,7 +348,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     optimizer = make_optimizer(causal_lm, config.model_params)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
     identity = {
-        "model": architecture(config.model_name),
+        "model": architecture(str(base)),
         "data": source.fingerprint,
         SAMPLES_PER_STEP: plan.samples_per_step,
     }
@@ -369,9 +370,9 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
     recorder = Recorder(quiet) if device.ranks.rank == 0 else SilentRecorder()
     directory = Path(config.trainer.checkpoint.dirpath)
     with ExitStack() as until_the_end:
-        until_the_end.callback(recorder.close)
         lock = checkpoint.locked(directory)
         device.ranks.on_rank_zero(lambda: until_the_end.enter_context(lock))
+        until_the_end.callback(recorder.close)  # while the directory is still ours
         resumed_from = device.ranks.on_rank_zero(
             lambda: checkpoint.resume_point(config.trainer, recorder.warn)
         )
@@ -424,7 +425,7 @@ def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
         loss = ranks.all_reduce(loss)
 
         # Unscale, clip, update. Where loss or gradient is not a finite number, weights and
-        # optimizer stay as they are, which the device decides without waiting for the host.
+        # optimizer state stay as they are.
         lr = plan.learning_rate(state.global_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -474,7 +475,7 @@ def skipped(run: Run, state: State, recorder: SilentRecorder, step: Step, rows: 
     limit = run.config.trainer.params.max_bad_steps
     names = numbered(sorted(run.splits.train.rows[rows].tolist()))
     what = "loss" if not math.isfinite(step.loss) else "gradient norm"
-    recorder.skipped(state, f"its {what} is not a finite number ({names} of train")
+    recorder.skipped(state, what, names)
     if state.bad_in_row >= limit:
         raise UserError(
             f"stopped: {state.bad_in_row} steps in a row had a {what} that is not a finite "
@@ -553,7 +554,7 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
         "prompt_template": run.config.data.prompt_template,
         "model_name": run.config.model_name,
         "global_step": state.global_step,
-        f"best_{resolved(run.config)['trainer']['checkpoint']['log_obg']}": state.best_value,
+        f"best_{run.config.trainer.checkpoint.log_obj}": state.best_value,
     }
     weights = checkpoint.whole_state(run.model.model)
 

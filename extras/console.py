@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import checkpoint
 from config import TestConfig, UserError, load, resolved, to_yaml
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ SHOWN_METRICS = {  # on the line of a validation; the one that selects `best` is
     "val_token_f1": "F1",
     "val_rougeL": "ROUGE-L",
 }
-RESOLVED = "trainer.yaml"  # every value, in the run's directory
 CURVES = "curves.png"
 METRICS = "metrics.jsonl"
 LABEL = 10  # columns of the word that a line of the start begins with
@@ -180,8 +180,8 @@ class SilentRecorder:
     def step(self, state: State, step: Step) -> None:
         """A step was tried."""
 
-    def skipped(self, state: State, why: str) -> None:
-        """It changed nothing."""
+    def skipped(self, state: State, what: str, rows: str) -> None:
+        """It changed nothing: its `what` was not a finite number. rows: of its samples."""
 
     def log(self, state: State, step: Step) -> None:
         """A log point: what came since the last one, with the newest step's rate and norm."""
@@ -227,7 +227,7 @@ class Recorder(SilentRecorder):
         if metrics.exists() and not metrics_size:
             metrics.replace(metrics.with_suffix(".old.jsonl"))
         self.metrics = Metrics(directory, metrics_size)
-        (directory / RESOLVED).write_text(to_yaml(config), encoding="utf-8")
+        (directory / checkpoint.CONFIG).write_text(to_yaml(config), encoding="utf-8")
         record = _origin(run)
         (directory / "run.json").write_text(json.dumps(record, indent=1))
         self.curves = Curves(directory, self.console)
@@ -248,8 +248,11 @@ class Recorder(SilentRecorder):
         shown = f"loss {mean:.4f}  lr {step.lr:.2e}  {speed:,.0f} tokens/s"
         self.console.progress(state.global_step, shown)
 
-    def skipped(self, state: State, why: str) -> None:
-        self.warn(f"step {state.global_step + 1} skipped: {why}; {state.bad_in_row} in a row)")
+    def skipped(self, state: State, what: str, rows: str) -> None:
+        self.warn(
+            f"step {state.global_step + 1} skipped: its {what} is not a finite number "
+            f"({rows} of train; {state.bad_in_row} in a row)"
+        )
         values = {name: getattr(state, name) for name in ("bad_steps", "position")}
         self._record({"step": state.global_step, **values}, None)
 
@@ -393,7 +396,7 @@ def announce(run: Run, state: State, console: Console) -> None:
     row(
         "output",
         f"{run.directory}: a checkpoint every {_count(every, 'step')}, "
-        f"{METRICS}, {CURVES}, {RESOLVED} (every value)",
+        f"{METRICS}, {CURVES}, {checkpoint.CONFIG} (every value)",
     )
     if run.resumed_from:
         row("resume", f"{run.resumed_from}, after step {state.global_step:,}")
@@ -436,8 +439,6 @@ def _origin(run: Run) -> dict[str, Any]:
 
 def _test_command(run: Run) -> str:
     """How to test the best model, with the test.yaml beside the configuration's file."""
-    from checkpoint import flatten
-
     data = run.config.data
     beside = [Path(w).with_name("test.yaml") for w in sys.argv if w.endswith((".yaml", ".yml"))]
     file = next((path for path in beside if path.exists()), Path("configs/test.yaml"))
@@ -450,7 +451,7 @@ def _test_command(run: Run) -> str:
     for name in ("question_key", "answer_key"):
         settings[f"data.{name}"] = getattr(data, name)
     try:
-        there = flatten(resolved(load(TestConfig, file)))
+        there = checkpoint.flatten(resolved(load(TestConfig, file)))
     except UserError:
         there = {}
     overrides = [f"{name}={v}" for name, v in settings.items() if there.get(name) != v]
