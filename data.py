@@ -18,9 +18,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,20 +43,32 @@ INPUT_IDS, TARGET_MASK = "input_ids.bin", "target_mask.bin"  # files of `prepare
 
 
 class Message(NamedTuple):
-    role: str  # "user" or "assistant"
+    """What one party says.
+
+    role: "system", "user", "assistant" or "tool". trained: the model learns to say it. fields: what
+    a chat template may use besides, such as `tool_calls`, `name` or `reasoning_content`.
+    """
+
+    role: str
     text: str
+    trained: bool = False
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 class Conversation(NamedTuple):
-    """Messages in their order, and the row of the data file that they come from, from 1."""
+    """Messages in their order, and the row of the data file that they come from, from 1.
+
+    tools: JSON schemas of the functions that the model may call, for its chat template.
+    """
 
     row: int
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def of_pair(cls, row: int, question: str, answer: str | None = None) -> Conversation:
         """A question, and its answer unless the model is to give it."""
-        messages = (Message("user", question), Message("assistant", answer or ""))
+        messages = (Message("user", question), Message("assistant", answer or "", trained=True))
         return cls(row, messages[: 1 if answer is None else 2])
 
     @property
