@@ -39,6 +39,7 @@ def first_line(error: Exception) -> str:
 
 
 DEFAULT_TEMPLATE = "Question: {question} \nAnswer:"
+CHAT = "chat"  # the prompt template that is the tokenizer's own
 
 # Two keys were misspelt from the start. A file may use any spelling. Messages and stored settings
 # use the first, which is what earlier versions stored; Python uses the second, the correct one.
@@ -62,8 +63,8 @@ VAL_TEXT_METRICS = {
 
 
 def _template(value: str) -> str:
-    if value.count("{question}") != 1:
-        raise ValueError("Input should be a text that holds {question} exactly once")
+    if value != CHAT and value.count("{question}") != 1:
+        raise ValueError("Input should be 'chat' or a text that holds {question} exactly once")
     return value
 
 
@@ -197,7 +198,11 @@ class TrainData(Section):
     truncate_prompt: bool = key(
         True, "shorten the question of a sample that is too long", spellings=TRUNCATE_PROMPT
     )
-    prompt_template: Template = key(DEFAULT_TEMPLATE, "the prompt; holds `{question}` once")
+    prompt_template: Template | None = key(
+        None,
+        "`chat`, the tokenizer's chat template, or a text that holds `{question}` once; null: "
+        "`chat` for conversations, for pairs `Question: {question} \\nAnswer:`",
+    )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = key(
         0.05, "share of `train` held out when the data has no `val` split"
     )

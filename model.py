@@ -31,8 +31,8 @@ from transformers import (
 
 import checkpoint
 import freeze
-from config import ModelParams, UserError, first_line
-from data import IGNORE, Batch
+from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
+from data import IGNORE, Batch, Encoder
 from extras import probe
 from extras.speed import (
     ChunkedLoss,
@@ -86,6 +86,27 @@ class Opened:
     template: str | None
     remarks: list[str]
 
+    def encoder(self, template: str | None, conversations: bool) -> Encoder:
+        """The encoder for a template, or for the one that the model was trained with.
+
+        Without either it is `chat` for data that are conversations, else the seed's. What ends an
+        answer in it is from now on what the model's answers end with.
+        """
+        template = template or self.template
+        if template == CHAT or (template is None and conversations):
+            from extras.chat_template import ChatEncoder
+
+            encoder: Encoder = ChatEncoder(self.tokenizer)
+        else:
+            encoder = Encoder(self.tokenizer, template or DEFAULT_TEMPLATE)
+        if template is None and not conversations and self.tokenizer.chat_template:
+            self.remarks.append(
+                "the tokenizer's chat template is not used for questions with one answer; "
+                "data.prompt_template: chat would use it"
+            )
+        self.model.end_ids = list(dict.fromkeys([*encoder.end_ids, *self.model.end_ids]))
+        return encoder
+
 
 def open_model(
     place: Path | str,
@@ -107,10 +128,9 @@ def open_model(
     name = str(place)
     tokenizer = load_tokenizer(name)
     loaded, remarks = load_model(name, from_scratch=from_scratch, dtype=dtype, seed=seed)
-    model = AnswerModel(loaded)
-    model.end_ids = list(dict.fromkeys([tokenizer.eos_token_id, *model.end_ids]))
     template = checkpoint.details(Path(place)).get("prompt_template")
-    return Opened(place, model, tokenizer, _tokenizer_files(name, tokenizer), template, remarks)
+    files = _tokenizer_files(name, tokenizer)
+    return Opened(place, AnswerModel(loaded), tokenizer, files, template, remarks)
 
 
 def _configured_ends(model: PreTrainedModel) -> list[int]:
@@ -184,7 +204,7 @@ def load_model(
         options["attn_implementation"] = "eager"
     if dtype == torch.float64:  # the fast product of experts has none
         options["experts_implementation"] = "eager"
-    from extras.weights import check_loaded
+    from extras.model_checks import check_loaded
 
     try:
         if from_scratch and not has_weights:
@@ -215,7 +235,7 @@ def load_model(
 
 def _refuse_pointers(directory: Path, *patterns: str) -> None:
     """Raise a UserError for a file that `git lfs` has not fetched yet."""
-    from extras.weights import refuse_lfs_pointer
+    from extras.model_checks import refuse_lfs_pointer
 
     if directory.is_dir():
         for pattern in patterns:
@@ -248,70 +268,6 @@ def _place(name: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model knows; None for a model without a limit."""
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit is None or limit < 1:  # XLNet writes -1
-        return None
-    # Beyond its window Doge chooses keys among equals by what stands behind the text.
-    limit = min(limit, getattr(text, "keep_window_size", limit))
-    # RoBERTa and its kin count positions from the row behind that of padding.
-    for module in model.modules():
-        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
-        if padded and module is not model.get_input_embeddings() and module.num_embeddings == limit:
-            return limit - module.padding_idx - 1
-    return limit
-
-
-def check_length(model: PreTrainedModel, length: int, key: str) -> None:
-    """Raise a UserError if sequences of `length` tokens are beyond the model's positions."""
-    context = context_length(model)
-    if context is not None and length > context:
-        raise UserError(f"{key}: found {length}; allowed: at most {context}, the model's context")
-
-
-def check_ids(model: PreTrainedModel, tokenizer: Any, largest: int, where: str) -> list[str]:
-    """Raise a UserError for a token id that the model has no embedding for.
-
-    Args:
-        largest: the largest id that data and template really give.
-
-    Returns:
-        A remark if the tokenizer has such ids, but no text here gives one.
-    """
-    rows = model.get_input_embeddings().num_embeddings
-    name = tokenizer.name_or_path
-    if largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"{where}: token {token!r} has the id {largest}, and the model has embeddings for "
-            f"{rows} ids; the tokenizer of {name} and the model do not belong together"
-        )
-    if len(tokenizer) > rows:
-        return [
-            f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}; no "
-            "text here gives one of the others"
-        ]
-    return []
-
-
-def refuse_router_loss(name: str, config: Any) -> None:
-    """Raise a UserError if the configuration asks for a loss beside that of the answers.
-
-    transformers adds the experts' load-balancing loss as a product of means over all tokens of a
-    batch, padding and prompts included. No sum over micro-batches gives it, so with it a step's
-    gradient would depend on how the step is split.
-    """
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
-            "a load-balancing loss of the experts; it is not added here, because it depends on how "
-            "a step is split into batches. Set it to false, in a copy of the model, to train on "
-            "the answers alone"
-        )
 
 
 def architecture(name: str) -> str:
@@ -377,7 +333,7 @@ class AnswerModel(nn.Module):
             different lengths stand in one plain cache. "groups" or "single": by transformers' own
             `generate`, several rows of equal length at a time or one. "none": not at all, since
             `generate` gives other tokens than the model itself, or there is no cache.
-        end_ids: what ends an answer, as tokenizer and generation_config.json say.
+        end_ids: what ends an answer, as the template and generation_config.json say.
         makes_masks: a whole mask of ours stands for the model's own, see XlaDevice.
         tolerance: how near outputs must be in a trial, relative to the largest; 0: none can tell.
 

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterator
 
 from checkpoint import find_model
-from config import DEFAULT_TEMPLATE, GenerateParams, UserError
-from data import Encoder, Prompt
+from config import GenerateParams, UserError
+from data import Conversation, Encoder, Prompt
 from device import Device, open_device
 from extras.console import Console, visible
 from extras.generation import Batching, Decoding, generate
-from model import AnswerModel, check_ids, context_length, open_model, parameters_in
+from extras.model_checks import check_ids, context_length
+from model import AnswerModel, open_model, parameters_in
 
 MAX_NEW_TOKENS = 256
 
@@ -33,7 +34,7 @@ def ask(name: str, question: str | None) -> int:
     """
     device = open_device()
     opened = open_model(find_model(name, Console().warn))
-    encoder = Encoder(opened.tokenizer, opened.template or DEFAULT_TEMPLATE)
+    encoder = opened.encoder(None, conversations=bool(opened.tokenizer.chat_template))
     model = opened.model.eval()
     device.move_model(model)
     typed = question is None and sys.stdin.isatty()
@@ -75,7 +76,8 @@ def answer(model: AnswerModel, encoder: Encoder, device: Device, question: str) 
     Raises:
         UserError: the question leaves no room for an answer in the model's context.
     """
-    prompt = Prompt(1, question, "", encoder.prompts([question])[0])
+    asked = Conversation.of_pair(1, question)
+    prompt = Prompt(asked, encoder.prompts([asked])[0])
     check_ids(model.model, encoder.tokenizer, max(prompt.input_ids, default=0), "the question")
     used, context = len(prompt.input_ids), context_length(model.model)
     room = MAX_NEW_TOKENS if context is None else min(MAX_NEW_TOKENS, context - used)

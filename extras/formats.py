@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from extras.weights import refuse_lfs_pointer
+from extras.model_checks import refuse_lfs_pointer
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"validation": "val"}

@@ -150,6 +150,11 @@ def conversations(count: int) -> list[Conversation]:
     return [Conversation.of_pair(i, *row.values()) for i, row in enumerate(rows(count), 1)]
 
 
+def asking(*questions: str) -> list[Conversation]:
+    """Questions without their answers."""
+    return [Conversation.of_pair(i, question) for i, question in enumerate(questions, start=1)]
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """22 samples to train on: with batches of 4, an epoch has 6 steps, the last one of 2."""

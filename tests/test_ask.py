@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from config import GenerateParams
-from conftest import ROOT, cli, process, rows, train, train_config
+from conftest import ROOT, asking, cli, process, rows, train, train_config
 from data import Encoder, Prompt
 from device import Device
 from extras.ask import answer
@@ -49,7 +49,7 @@ def test_the_streamed_text_is_the_engines_answer_in_pieces(
     model = open_model(run / "best").model.eval()
     encoder, device = Encoder(tokenizer, "Q: {question} A:"), Device("cpu")
     question = "Is water wet? (4)"
-    prompt = Prompt(1, question, "", encoder.prompts([question])[0])
+    prompt = Prompt(*asking(question), *encoder.prompts(asking(question)))
     decoding = Decoding(GenerateParams(max_new_tokens=80), seed=0)
     (whole,) = generate(model, [prompt], device, decoding, Batching())
     pieces: list[str] = []

@@ -16,7 +16,7 @@ import model as model_module
 import zoo
 from config import GenerateParams
 from conftest import conversations
-from data import Encoder, Prompt, Samples, collate, prepare_train
+from data import Conversation, Encoder, Prompt, Samples, collate, prepare_train
 from device import Device
 from extras import probe, speed
 from extras.generation import Batching, Decoding, generate
@@ -84,7 +84,7 @@ def test_every_token_goes_through_the_model_once(name: str, tokenizer: Any) -> N
         seen[0] += args[0].numel()
 
     samples = samples_of(tokenizer)
-    prompts = [Prompt(i, "", "", samples.prompt(i)) for i in range(len(samples))]
+    prompts = [Prompt(Conversation.of_pair(i, ""), samples.prompt(i)) for i in range(len(samples))]
     never = GenerateParams(max_new_tokens=new, eos_token_id=1535, suppress_tokens=[1535])
     handle = model.model.get_input_embeddings().register_forward_pre_hook(count)
     try:

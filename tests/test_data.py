@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import data
 from config import DEFAULT_TEMPLATE, UserError
-from conftest import TOKENIZER, item, rows
+from conftest import TOKENIZER, asking, item, rows
 from data import (
     IGNORE,
     Conversation,
@@ -296,8 +296,8 @@ def test_one_supervised_eos_and_at_most_one_bos_whatever_the_tokenizer_adds(
 def test_a_template_that_is_written_with_the_bos_token_gets_no_second_one() -> None:
     made = tokenizer_that_adds(bos=True, eos=True)
     encoder = Encoder(made, "<s>" + DEFAULT_TEMPLATE)
-    assert encoder.prompts(["a"])[0].count(made.bos_token_id) == 1
-    assert encoder.prompts(["a"]) == Encoder(made).prompts(["a"])
+    assert encoder.prompts(asking("a"))[0].count(made.bos_token_id) == 1
+    assert encoder.prompts(asking("a")) == Encoder(made).prompts(asking("a"))
 
 
 def test_control_tokens_written_in_a_text_stay_text(encoder: Encoder) -> None:
@@ -312,7 +312,7 @@ def test_control_tokens_written_in_a_text_stay_text(encoder: Encoder) -> None:
 
 
 def test_braces_in_a_question_are_text(encoder: Encoder) -> None:
-    ids = encoder.prompts(["What is {question} in {0}?"])[0]
+    ids = encoder.prompts(asking("What is {question} in {0}?"))[0]
     text = encoder.tokenizer.decode(ids)
     assert text == "Question: What is {question} in {0}? \nAnswer:"
 
@@ -331,8 +331,8 @@ LONG = "Which element has the symbol Fe, and what is its atomic number in the ta
 
 def sizes(encoder: Encoder, question: str, answer: str) -> tuple[int, int, int]:
     """Ids of the bare template, of the prompt and of the target."""
-    template, prompt = encoder.prompts(["", question])
-    ((_, mask),) = encoder.encode(pairs_of((question, answer)))
+    template, prompt = encoder.prompts(asking("", question))
+    (((_, _, mask),),) = encoder.encode(pairs_of((question, answer)))
     return len(template), len(prompt), sum(mask)
 
 
@@ -439,21 +439,21 @@ def test_cutting_keeps_the_longest_part_of_the_question_that_fits(
     encoder: Encoder, question: str, room: int
 ) -> None:
     ends = range(len(question), 0, -1)
-    fitting = (end for end in ends if len(encoder.prompts([question[:end]])[0]) <= room)
-    cut = cut_question(encoder, question, room)
-    assert encoder.prompts([cut]) == encoder.prompts([question[: next(fitting, 0)]])
+    fitting = (end for end in ends if len(encoder.prompts(asking(question[:end]))[0]) <= room)
+    (cut,) = (cut_question(encoder, asked, room) for asked in asking(question))
+    assert encoder.prompts([cut]) == encoder.prompts(asking(question[: next(fitting, 0)]))
 
 
 def test_prompts_for_inference_are_cut_the_same_way(encoder: Encoder) -> None:
     pairs = pairs_of(("a", "b"), (LONG, "Iron"))
     prompts, counts = prepare_inference(pairs, encoder, 12)
-    assert [prompts[1].input_ids] == encoder.prompts([cut_question(encoder, LONG, 12)]) and len(
-        prompts
-    ) == 2
+    assert [prompts[1].input_ids] == encoder.prompts(
+        [cut_question(encoder, *asking(LONG), 12)]
+    ) and len(prompts) == 2
     assert (prompts[1].row, prompts[1].question, prompts[1].reference) == (2, LONG, "Iron")
     assert counts.describe() == "2 kept, 1 question cut (row 2), 0 answer cut, 0 dropped"
     whole, counts = prepare_inference(pairs, encoder, 12, truncate_prompt=False)
-    assert whole[1].input_ids == encoder.prompts([LONG])[0] and counts.question_cut == 0
+    assert whole[1].input_ids == encoder.prompts(asking(LONG))[0] and counts.question_cut == 0
 
 
 # --------------------------------------------------------------------------------- batches

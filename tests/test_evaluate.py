@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, cli, rows, train, train_config, write_yaml
-from evaluate import AnswerLog
+from extras.answer_log import AnswerLog
 from extras.generation import Batching
 
 

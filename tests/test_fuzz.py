@@ -319,7 +319,8 @@ def survives(encoder: Encoder, question: str, answer: str, path: Path) -> None:
     ids, prompt = samples.sample(0)[0], len(samples.prompt(0))
     decode = encoder.tokenizer.decode
     assert decode(ids[:prompt]) == f"Question: {question} \nAnswer:"
-    assert decode(ids[prompt:-1]) == f" {answer}"
+    space = "" if answer[:1].isspace() else " "
+    assert decode(ids[prompt:-1]) == space + answer
     eos = encoder.tokenizer.eos_token_id
     assert ids[-1] == eos and eos not in ids[:-1]
     (asked,), _ = prepare_inference([pair], encoder, max_prompt_length=10**6)

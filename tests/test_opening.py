@@ -22,7 +22,8 @@ import zoo
 from config import UserError
 from conftest import Runner, cli, newest, save, weights_of
 from extras import probe
-from model import AnswerModel, checkpoint_activations, context_length, load_model, load_tokenizer
+from extras.model_checks import context_length
+from model import AnswerModel, checkpoint_activations, load_model, load_tokenizer
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import freeze
 import zoo
 from config import GenerateParams, UserError
 from conftest import conversations
-from data import Encoder, Prompt, Samples, collate, prepare_train
+from data import Conversation, Encoder, Prompt, Samples, collate, prepare_train
 from device import Device
 from extras import probe
 from extras.generation import Batching, Decoding, generate
@@ -129,7 +129,7 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
         ids = torch.from_numpy(samples.sample(3)[0].astype(np.int64))[None]
         outputs = (one(ids, use_cache=False).logits for one in (plain, theirs))
         assert probe.close(*outputs), name
-    prompts = [Prompt(i, "", "", samples.prompt(i)) for i in range(len(samples))]
+    prompts = [Prompt(Conversation.of_pair(i, ""), samples.prompt(i)) for i in range(len(samples))]
     with torch.no_grad():
         wanted = reference_answers(theirs, prompts, by_generate=model.cache != "none")
     right = {
