@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from config import CHAT, UserError, first_line
-from data import QUOTE, Conversation, Encoded, Encoder, numbered
+from data import QUOTE, Conversation, Encoded, Encoder, Message, numbered
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -46,7 +46,10 @@ class ChatEncoder(Encoder):
         self.unquoted_token = re.compile(f"(?<!{QUOTE})(?:{self.control_token.pattern})")
         self.trailing = re.compile(rf"(?:{self.control_token.pattern}|\s+)$")
         self.end_token = ""
-        found = self._spans(Conversation.of_pair(0, "a", "b"))
+        # What ends a turn shows best where another one follows.
+        pair = Conversation.of_pair(0, "a", "b")
+        longer = pair._replace(messages=(*pair.messages, Message("user", "c")))
+        found = self._spans(longer, ask=True) or self._spans(pair)
         if found is None:
             raise UserError(
                 f"{self.name}: its chat template does not put an answer behind the words that ask "
