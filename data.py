@@ -356,6 +356,25 @@ class Encoder:
         size = len(self.prefix)
         return [ids if ids[:size] == self.prefix else self.prefix + ids for ids in found]
 
+    def as_chat_template(self) -> str | None:
+        """This template in Jinja, for whoever asks the trained model without us.
+
+        `apply_chat_template` of one question then gives the very ids of `prompts`. None if the
+        tokenizer's own template is the one that is trained with.
+        """
+        before, _, after = self.template.partition("{question}")
+        prefix = "".join(self.tokenizer.convert_ids_to_tokens(self.prefix))
+        before = before if before.startswith(prefix) else prefix + before
+        texts = (before, after, self.space, self.tokenizer.eos_token)
+        start, end, space, eos = map(json.dumps, texts)
+        return (
+            "{%- if messages[0]['role'] != 'user' or messages | length > 2 %}"
+            "{{ raise_exception('This model was trained on one question with one answer.') }}"
+            f"{{%- endif %}}{{{{- {start} + messages[0]['content'] + {end} }}}}"
+            "{%- if messages | length == 2 %}"
+            f"{{{{- {space} + messages[1]['content'] + {eos} }}}}{{%- endif %}}"
+        )
+
     def fingerprint(self) -> str:
         """SHA-256 over all that the ids of a text depend on."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,15 +75,20 @@ class Opened:
     """A model that is ready to be trained, tested or asked, and what belongs to it.
 
     place: the directory or hub id that it comes from. files: its tokenizer's, by their names.
-    template: the one that it was trained with, if it is ours. remarks: for the user.
+    details: what its sft.json says, if it is ours. remarks: for the user.
     """
 
     place: Path | str
     model: AnswerModel
     tokenizer: Any
     files: dict[str, bytes]
-    template: str | None
+    details: dict[str, Any]
     remarks: list[str]
+
+    @property
+    def template(self) -> str | None:
+        """The prompt template that it was trained with, if it is ours."""
+        return self.details.get("prompt_template")
 
     def encoder(self, template: str | None, conversations: bool) -> Encoder:
         """The encoder for a template, or for the one that the model was trained with.
@@ -128,9 +132,8 @@ def open_model(
     name = str(place)
     tokenizer = load_tokenizer(name)
     loaded, remarks = load_model(name, from_scratch=from_scratch, dtype=dtype, seed=seed)
-    template = checkpoint.details(Path(place)).get("prompt_template")
-    files = _tokenizer_files(name, tokenizer)
-    return Opened(place, AnswerModel(loaded), tokenizer, files, template, remarks)
+    files, details = _tokenizer_files(name, tokenizer), checkpoint.details(Path(place))
+    return Opened(place, AnswerModel(loaded), tokenizer, files, details, remarks)
 
 
 def _configured_ends(model: PreTrainedModel) -> list[int]:
@@ -562,11 +565,14 @@ def _tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     return found
 
 
-def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
+def export(
+    opened: Opened, weights: dict[str, Tensor], directory: Path, chat_template: str | None = None
+) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
     Args:
         weights: the model's state dict, whole tensors.
+        chat_template: instead of the tokenizer's own; see `Encoder.as_chat_template`.
     """
     model = opened.model.model
     # transformers refuses to write generation settings that many published models have, so these
@@ -578,11 +584,21 @@ def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathL
         model.generation_config = own
     generation, ends = copy.deepcopy(own), opened.model.end_ids
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    generation.to_json_file(Path(directory) / "generation_config.json", use_diff=True)
+    generation.to_json_file(directory / "generation_config.json", use_diff=True)
     for name, content in opened.files.items():
-        (Path(directory) / name).write_bytes(content)
+        (directory / name).write_bytes(content)
     if not opened.files:  # one that needs none, such as a tokenizer of bytes
         opened.tokenizer.save_pretrained(directory)
+    if chat_template is None:
+        return
+    # Where the tokenizer keeps its own; without one, where every version and tool looks for it.
+    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    content = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    if file.exists():
+        file.write_text(chat_template, "utf-8")
+    if not file.exists() or "chat_template" in content:
+        content["chat_template"] = chat_template
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
 
 
 def _quiet_libraries() -> None:

@@ -460,7 +460,7 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
     weights = checkpoint.whole_state(run.model.model)
 
     def write(directory: Path) -> None:
-        export(run.opened, weights, directory)
+        export(run.opened, weights, directory, run.encoder.as_chat_template())
         (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
         (directory / checkpoint.CONFIG).write_text(to_yaml(run.config), encoding="utf-8")
         if contents is not None:
@@ -493,7 +493,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "ask":
         from extras.ask import ask
 
-        return ask(arguments.model, arguments.question)
+        options = (arguments.system, arguments.max_new_tokens, arguments.temperature)
+        return ask(arguments.model, arguments.question, *options)
     if arguments.command == "plot":
         from extras.plot import plot
 

@@ -80,6 +80,9 @@ class ChatEncoder(Encoder):
         ends = [[*spans, (len(text), len(text))] for text, spans in found]
         return [self._place(text, e, i)[0] for (text, _), e, i in zip(found, ends, ids)]
 
+    def as_chat_template(self) -> str | None:
+        return None
+
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{super().fingerprint()}{self.chat_template}".encode()).hexdigest()
 

@@ -16,6 +16,22 @@ from config import TestConfig, TrainConfig, UserError, load
 INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's number
 
 
+def _length(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"found {word!r}; allowed: an integer >= 1")
+    return int(word)
+
+
+def _temperature(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {word!r}; allowed: a number >= 0")
+    return value
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The commands and their words, all in one place."""
     parser = argparse.ArgumentParser(
@@ -46,6 +62,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     test.add_argument("--compare", nargs="+", metavar="LOG", help="compare finished logs instead")
     ask.add_argument("model", help="a run's directory, a checkpoint or a hub id")
     ask.add_argument("question", nargs="?", help="without one, questions are read line by line")
+    ask.add_argument("--system", help="a system message, for a model with a chat template")
+    ask.add_argument("--max-new-tokens", type=_length, default=256, metavar="N")
+    ask.add_argument(
+        "--temperature", type=_temperature, default=0.0, metavar="T", help="0: the likeliest token"
+    )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     plot.add_argument("--output", help="the PNG; default: curves.png in the run, or here")
 

@@ -19,7 +19,7 @@ from config import GenerateParams
 from conftest import ROOT, asking, cli, process, rows, train, train_config
 from data import Encoder, Prompt
 from device import Device
-from extras.ask import answer
+from extras.ask import Talk
 from extras.generation import Batching, Decoding, generate
 from model import open_model
 
@@ -55,7 +55,7 @@ def test_the_streamed_text_is_the_engines_answer_in_pieces(
     pieces: list[str] = []
     original = print
     monkeypatch.setattr(builtins, "print", lambda *a, **k: (pieces.append(a[0]), original(*a, **k)))
-    answer(model, encoder, device, question)
+    Talk(model, encoder, device).ask(question)
     text = tokenizer.decode(whole.tokens, skip_special_tokens=True)
     assert capsys.readouterr().out.removesuffix(" [...]\n").strip() == text.strip()
     assert sum(map(bool, pieces)) > len(whole.tokens) / 2 > 2  # as they came, not at the end
@@ -76,7 +76,7 @@ def test_a_character_of_several_tokens_is_shown_whole(
 
     monkeypatch.setattr(ask, "generate", scripted)
     model = open_model(run / "best").model.eval()
-    answer(model, Encoder(tokenizer), Device("cpu"), "q")
+    Talk(model, Encoder(tokenizer), Device("cpu")).ask("q")
     assert capsys.readouterr().out == "né 東京 🙂\n"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,15 @@ from chat_templates import MARKED, PHI3, QWEN3, TEMPLATES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from config import UserError
-from conftest import QUESTIONS, TOKENIZER
+from conftest import QUESTIONS, TOKENIZER, Runner, save, tiny_config
 from data import Conversation, Encoder, Message, prepare_inference, prepare_train
+from device import Device
+from extras.ask import Talk
 from extras.chat_template import ChatEncoder
+from model import AnswerModel, open_model
 
 NO_SYSTEM = ("mistral", "gemma")
 MADE: dict[str, Any] = {}
@@ -332,3 +337,71 @@ def test_a_text_template_refuses_conversations_by_row() -> None:
     encoder = Encoder(tokenizer_for("chatml"))
     with pytest.raises(UserError, match=r"row 7: found user \+ assistant \+ user \+ assistant"):
         encoder.encode([talk("a", "b", "c", "d", row=7)])
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama2", "llama3", "deepseek"])
+@pytest.mark.parametrize("template", [None, "{question}\n\n###\n\n", "<s>Q: {question}"])
+def test_the_template_with_question_is_exported_as_a_chat_template(
+    family: str, template: str | None
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer_for(family))
+    encoder = Encoder(tokenizer, *([template] if template else []))
+    tokenizer.chat_template = encoder.as_chat_template()
+    pair = Conversation.of_pair(1, 'Is "this" {so}?\n', "Rome")
+    chat = as_dicts(pair)
+    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert [prompt] == encoder.prompts([pair])
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text.endswith(f"{encoder.space}Rome{tokenizer.eos_token}")
+    with pytest.raises(Exception, match="one question with one answer"):
+        tokenizer.apply_chat_template([*chat, *chat], tokenize=False)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_what_is_shipped_asks_as_it_was_trained(
+    run: Runner, tmp_path: Path, kind: str, capsys: Any
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer_for("smollm2"))
+    config = tiny_config("llama", len(tokenizer))
+    base = save(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "base")
+    template = {"data__prompt_template": "chat"} if kind == "chat" else {}
+    done = run(model=base, trainer__params__max_steps=2, **template)
+    printed = capsys.readouterr().out
+    assert ("data.prompt_template: chat would use it" in printed) == (kind == "text")
+    shipped = AutoTokenizer.from_pretrained(done / "best")
+    chat = [{"role": "user", "content": "Two plus two?"}]
+    prompt = shipped.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    opened = open_model(done / "best")
+    encoder = opened.encoder(None, conversations=False)
+    assert [prompt] == encoder.prompts([Conversation.of_pair(1, "Two plus two?")])
+    assert isinstance(encoder, ChatEncoder) == (kind == "chat")
+    settings = json.loads((done / "best" / "generation_config.json").read_text())
+    ends = {0, shipped.convert_tokens_to_ids("<|im_end|>")} if kind == "chat" else {0}
+    assert set(np.atleast_1d(settings["eos_token_id"])) == ends == set(opened.model.end_ids)
+
+
+def test_ask_remembers_a_conversation_and_forgets_what_does_not_fit(
+    model_dirs: dict[str, Path], capsys: Any
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer_for("chatml"))
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer)))
+    answers = AnswerModel(model.eval())
+    encoder = ChatEncoder(tokenizer)
+    chat = Talk(answers, encoder, Device("cpu"), max_new_tokens=4)
+    first = chat.ask("Two plus two?")
+    whole = (*talk("Two plus two?", first.strip()).messages, Message("user", "And two more?"))
+    assert chat._prompt("And two more?").input_ids == encoder.prompts([Conversation(1, whole)])[0]
+    for i in range(20):
+        chat.ask(f"question {i}")
+    asked = chat._prompt("the last question")
+    assert len(asked.input_ids) <= 128 - 4 and asked.question == "the last question"
+    assert len(asked.conversation.messages) < len(chat.messages) == 42
+    assert chat.command("/system Be short.").startswith("a new conversation")
+    assert not chat.messages and chat._prompt("a").conversation.messages[0].text == "Be short."
+    alone = Talk(answers, Encoder(tokenizer), Device("cpu"), max_new_tokens=4)
+    alone.ask("Two plus two?")
+    assert not alone.messages and "stands alone" in alone.command("/reset")
+    answers.end_ids = list(range(len(tokenizer)))
+    capsys.readouterr()
+    alone.ask("Two plus two?")
+    assert "no answer" in capsys.readouterr().err
