@@ -82,8 +82,9 @@ class Conversation(NamedTuple):
 
     @property
     def prompt(self) -> Conversation:
-        """What stands before the last trained message."""
-        return self._replace(messages=self.messages[: self.answered])
+        """What stands before the last trained message, with nothing in it to train on."""
+        before = self.messages[: self.answered]
+        return self._replace(messages=tuple(message._replace(trained=False) for message in before))
 
     @property
     def question(self) -> str:

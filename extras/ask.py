@@ -88,7 +88,7 @@ class Talk:
         answer = decoded(done.tokens)
         print("" if done.ended else " [...]")
         if self.remembers:
-            said = Message("user", question), Message("assistant", answer.strip(), trained=True)
+            said = Message("user", question), Message("assistant", answer.strip())
             self.messages += said
         if not answer.strip():
             print(NOTHING, file=sys.stderr)

@@ -20,6 +20,9 @@ from data import QUOTE, Conversation, Encoded, Encoder, Message, numbered
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+Span = tuple[int, int, bool]  # of a message: from where to where, and whether it is trained on
+
+
 class ChatEncoder(Encoder):
     """Conversations in the tokenizer's own chat template.
 
@@ -57,7 +60,7 @@ class ChatEncoder(Encoder):
                 "learnt; correct the template, or write the prompt as a text with {question} in "
                 "data.prompt_template"
             )
-        text, ((start, end),) = found
+        text, ((start, end, _),) = found
         self.end_token = self.unquoted_token.findall(text, start, end)[-1]
         end_id = tokenizer.convert_tokens_to_ids(self.end_token)
         self.end_ids = list(dict.fromkeys([*self.end_ids, end_id]))
@@ -76,8 +79,8 @@ class ChatEncoder(Encoder):
                 spans or (self._render(asked.row, self._chat(asked), asked.tools, True), [])
             )
         ids = self.ids([text for text, _ in found])
-        # Placed like a target, so that what stands before it is tokenised as in a sample.
-        ends = [[*spans, (len(text), len(text))] for text, spans in found]
+        # Placed like a message, so that what stands before it is tokenised as in a sample.
+        ends = [[*spans, (len(text), len(text), False)] for text, spans in found]
         return [self._place(text, e, i)[0] for (text, _), e, i in zip(found, ends, ids)]
 
     def as_chat_template(self) -> str | None:
@@ -115,39 +118,36 @@ class ChatEncoder(Encoder):
 
     def _spans(
         self, conversation: Conversation, ask: bool = False
-    ) -> tuple[str, list[tuple[int, int]]] | None:
-        """The text, and from where to where each trained message stands in it, with its end.
+    ) -> tuple[str, list[Span]] | None:
+        """The text, and the places in it of what the assistant says.
 
-        None if a shorter conversation's text does not begin that of the longer one.
+        A message of whose text the longer conversation makes another one has no place; if it is to
+        be trained on, the result is None.
         """
         row, messages, tools = conversation
         chat = self._chat(conversation)
         whole, spans = self._render(row, chat, tools, ask), []
         for i, message in enumerate(messages):
-            if not message.trained:
+            if message.role != "assistant":
                 continue
             prompt = self._render(row, chat[:i], tools, ask=True)
             last = i == len(messages) - 1 and not ask
             said = whole if last else self._render(row, chat[: i + 1], tools)
             while not whole.startswith(said):  # a further token may end a whole conversation
                 shorter = self.trailing.sub("", said)
-                if shorter == said:
-                    return None
-                said = shorter
-            if not said.startswith(prompt):
+                said = shorter if shorter != said else ""
+            begins = said.startswith(prompt)
+            ends = list(self.unquoted_token.finditer(said, len(prompt))) if begins else []
+            if ends:
+                end = [match for match in ends if match[0] == self.end_token] or ends
+                spans.append((len(prompt), end[-1].end(), message.trained))
+            elif message.trained:
                 return None
-            ends = list(self.unquoted_token.finditer(said, len(prompt)))
-            if not ends:
-                return None
-            end = [match for match in ends if match[0] == self.end_token] or ends
-            spans.append((len(prompt), end[-1].end()))
         if GENERATION.search(self.chat_template) and not ask:
             self._check_marks(conversation, chat, spans)
         return whole, spans
 
-    def _check_marks(
-        self, conversation: Conversation, chat: list[Any], spans: list[tuple[int, int]]
-    ) -> None:
+    def _check_marks(self, conversation: Conversation, chat: list[Any], spans: list[Span]) -> None:
         """Raise a UserError if the template itself marks something else as what the model says."""
         texts, marks = render_jinja_template(
             [chat],
@@ -157,7 +157,7 @@ class ChatEncoder(Encoder):
             **self.tokenizer.special_tokens_map,
         )
         marked = {self._said(texts[0][start:end]) for start, end in marks[0]}
-        for start, end in spans:
+        for start, end, _ in spans:
             if (said := self._said(texts[0][start:end])) not in marked:
                 raise UserError(
                     f"{numbered([conversation.row])}: the chat template of {self.name} marks "
@@ -171,7 +171,7 @@ class ChatEncoder(Encoder):
             text = shorter
         return text.strip()
 
-    def _parts(self, conversation: Conversation) -> Iterator[tuple[Conversation, str, list[Any]]]:
+    def _parts(self, conversation: Conversation) -> Iterator[tuple[Conversation, str, list[Span]]]:
         """The samples that a conversation makes: nearly always one, it as a whole."""
         found = self._spans(conversation)
         if found is not None:
@@ -191,19 +191,20 @@ class ChatEncoder(Encoder):
             yield alone, *found
 
     def _encoded(
-        self, conversation: Conversation, text: str, spans: list[tuple[int, int]], ids: list[int]
+        self, conversation: Conversation, text: str, spans: list[Span], ids: list[int]
     ) -> Encoded:
-        input_ids, targets = self._place(text, spans, ids)
+        input_ids, places = self._place(text, spans, ids)
         target_mask = [0] * len(input_ids)
-        for first, stop in targets:
+        targets = [place for place in places if place[2]]
+        for first, stop, _ in targets:
             target_mask[first:stop] = [1] * (stop - first)
         end = targets[-1][1] if targets else None  # what follows would be learnt by no one
         return Encoded(conversation, input_ids[:end], target_mask[:end])
 
     def _place(
-        self, text: str, spans: list[tuple[int, int]], ids: list[int], inside: bool = False
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, and from where to where in them each span of characters stands.
+        self, text: str, spans: list[Span], ids: list[int], inside: bool = False
+    ) -> tuple[list[int], list[Span]]:
+        """The ids of a text, and the spans of its characters as spans of the ids.
 
         Control tokens part a text, so that only what follows the last one before a span has to be
         tokenised again. If that gives other ids than when more text follows, the two are tokenised
@@ -226,19 +227,19 @@ class ChatEncoder(Encoder):
             tail = of(text[since:end])
             return first + len(tail) if ids[first : first + len(tail)] == tail else None
 
-        targets: list[tuple[int, int]] = []
-        for n, (start, end) in enumerate(spans):
+        placed: list[Span] = []
+        for n, (start, end, trained) in enumerate(spans):
             first = count(start)
             stop = count(end)
             if first is None or stop is None:
                 head = self._behind(text[:start]) if inside else self.ids_of(text[:start])
-                later = [(a - start, b - start) for a, b in spans[n:]]
+                later = [(a - start, b - start, which) for a, b, which in spans[n:]]
                 rest = self._behind(text[start:])
                 rest, others = self._place(text[start:], later, rest, inside=True)
-                moved = [(a + len(head), b + len(head)) for a, b in others]
-                return head + rest, targets + moved
-            targets.append((first, stop))
-        return ids, targets
+                moved = [(a + len(head), b + len(head), which) for a, b, which in others]
+                return head + rest, placed + moved
+            placed.append((first, stop, trained))
+        return ids, placed
 
     def _behind(self, text: str) -> list[int]:
         """The ids of a text that stands behind another one, see `lead`."""

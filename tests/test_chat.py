@@ -389,8 +389,8 @@ def test_ask_remembers_a_conversation_and_forgets_what_does_not_fit(
     encoder = ChatEncoder(tokenizer)
     chat = Talk(answers, encoder, Device("cpu"), max_new_tokens=4)
     first = chat.ask("Two plus two?")
-    whole = (*talk("Two plus two?", first.strip()).messages, Message("user", "And two more?"))
-    assert chat._prompt("And two more?").input_ids == encoder.prompts([Conversation(1, whole)])[0]
+    whole = talk("Two plus two?", first.strip(), "And two more?", "six")
+    assert chat._prompt("And two more?").input_ids == encoder.prompts([whole])[0]
     for i in range(20):
         chat.ask(f"question {i}")
     asked = chat._prompt("the last question")
