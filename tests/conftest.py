@@ -31,7 +31,7 @@ from transformers import (
 import checkpoint
 import sft
 from config import TrainConfig, from_dict
-from data import IGNORE, Conversation, Samples
+from data import IGNORE, Conversation, Encoder, Samples, prepare_train
 from device import open_device
 from extras.plot import Curves
 
@@ -148,6 +148,17 @@ def write_data(path: Path, **splits: Any) -> Path:
 def conversations(count: int) -> list[Conversation]:
     """`rows` as the data file's first ones."""
     return [Conversation.of_pair(i, *row.values()) for i, row in enumerate(rows(count), 1)]
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Any) -> Encoder:
+    return Encoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def samples(encoder: Encoder) -> Samples:
+    """8 of them, whole."""
+    return prepare_train(conversations(8), encoder, 64)
 
 
 @pytest.fixture
