@@ -295,15 +295,6 @@ def cli(*arguments: Any) -> int:
     return sft.main([str(argument) for argument in arguments])
 
 
-def train_config(model: Path | str, data: Any, run: Path, **changes: Any) -> dict[str, Any]:
-    return Runner({}, data, run.parent).config(model=model, name=run.name, **changes)
-
-
-def train(config: dict[str, Any], *overrides: str) -> int:
-    path = Path(config["trainer"]["checkpoint"]["dirpath"]).with_suffix(".yaml")
-    return cli("train", write_yaml(path, config), *overrides, "--quiet")
-
-
 def set_up(config: dict[str, Any]) -> sft.Run:
     """The parts of a run, without training."""
     checked = from_dict(TrainConfig, config, "test")
