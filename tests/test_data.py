@@ -43,11 +43,6 @@ pair_of = Conversation.of_pair
 BOUNDED = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
-@pytest.fixture(scope="module")
-def encoder(tokenizer: Any) -> Encoder:
-    return Encoder(tokenizer)
-
-
 def pairs_of(*texts: tuple[str, str]) -> list[Conversation]:
     return [pair_of(i, question, answer) for i, (question, answer) in enumerate(texts, start=1)]
 
