@@ -299,6 +299,7 @@ EXAMPLES = [
     "हिन्दी 日本語 한국어 ไทย",
     "".join(map(chr, range(0x20))) + "\x7f\u0080\x85\ufeff\u2028",
     "\U0010ffff\U0001f600\ufffd\ud7ff\ue000",
+    "<|endoftext|>",
     "<|endoftext|> inside <|endoftext|>",
     "a" * 100_000,
     "x y\n" * 25_000,

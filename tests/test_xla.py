@@ -150,7 +150,8 @@ def test_one_process_spreads_a_batch_over_several_devices(run: Runner, tmp_path:
     """Two devices with batches of 1 train as one CPU with batches of 2."""
     alone = run("--quiet", **CPU)
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
-    result = process("train", run.file(name="both", data__batch_size=1), env=environment)
+    path = run.file(name="both", data__batch_size=1)
+    result = process("train", path, env=environment, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "1 sample x 2 batches x 2 ranks = 4 samples" in result.stdout
     for ours, theirs in zip(metrics_of(tmp_path / "both"), metrics_of(alone), strict=True):
