@@ -28,7 +28,6 @@ from config import (
 from data import (
     Conversation,
     Counts,
-    DataSource,
     Encoder,
     Prompt,
     Samples,
@@ -42,6 +41,7 @@ from data import (
 from device import Device, open_device
 from extras import metrics, report
 from extras.console import Console, duration
+from extras.formats import DataSource
 from extras.generation import Answer, Batching, Decoding, check_token_ids, generate
 from extras.wandb_log import WandbWriter
 from model import (
@@ -261,6 +261,7 @@ def test_model(
     )
     references = reference_samples(encoder, prompts, context_length(model.model))
     largest = int(references.input_ids.max(initial=0))
+    remarks += source.remarks()
     remarks += check_ids(model.model, opened.tokenizer, largest, config.data.data_dir)
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")

@@ -147,7 +147,6 @@ import freeze
 from checkpoint import State, Step, find_model
 from data import (
     Batch,
-    DataSource,
     Encoder,
     Samples,
     Splits,
@@ -160,6 +159,7 @@ from data import (
 from device import Device, explain, open_device, whole_tensor
 from evaluate import Validation, summed_loss
 from extras.console import Recorder, SilentRecorder
+from extras.formats import DataSource
 from extras.probe import check_trainable
 from model import (
     AnswerModel,
@@ -335,6 +335,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
     largest = max(int(s.input_ids.max(initial=0)) for s in (splits.whole, splits.val))
+    remarks += source.remarks()
     remarks += check_ids(causal_lm, opened.tokenizer, largest, config.data.data_dir)
     plan = Plan.of(config, device, len(splits.train))
     validation = Validation.of(config, splits, source, model, plan.batch_size, plan.static_shape)

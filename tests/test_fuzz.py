@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from config import TestConfig as ForTest  # pytest would collect a name like Test*
 from config import TrainConfig as ForTrain
 from config import UserError, load, resolved, to_yaml, walk
-from data import Conversation, DataSource, Encoder, overlap, prepare_inference, prepare_train
+from data import Conversation, Encoder, prepare_inference, prepare_train
+from extras.formats import DataSource, overlap
 
 T = TypeVar("T")
 FUZZ = settings(
