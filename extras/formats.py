@@ -430,8 +430,10 @@ def _turns(rows: list[Any], known: dict[str, str]) -> Turns | None:
     """Columns that hold lists of messages."""
 
     def holds_messages(name: str) -> bool:
-        values = (row.get(known.get(name, "")) for row in rows if isinstance(row, dict))
-        value = next((value for value in values if value is not None), None)
+        if name not in known:
+            return False
+        values = (row.get(known[name]) for row in rows if isinstance(row, dict))
+        value = next(filter(None, values), None)
         return isinstance(value, list) and all(isinstance(turn, dict) for turn in value)
 
     system, tools = known.get("system"), known.get("tools", known.get("functions"))

@@ -68,12 +68,12 @@ def test_bad_input_gives_one_clear_message(
     entries: list[Any] = rows(6)
     del entries[1]["Answer"]
     entries[3]["Answer"] = "  "
-    entries[4]["Question"] = 17
+    entries[4]["Question"] = None
     wrong.write_text(json.dumps({"train": entries}))
     message = run(data=wrong)
     assert "row 2: no 'Answer'" in message
     assert "row 4: 'Answer' is empty" in message
-    assert "row 5: 'Question' is a number 17" in message
+    assert "row 5: 'Question' is null" in message
     absent = tmp_path / "absent-split.json"
     absent.write_text(json.dumps({"test": rows(3)}))
     assert "no split 'train'; found test" in run(data=absent)
@@ -109,8 +109,8 @@ def test_a_csv_with_other_column_names_is_trained_on_and_tested(
     folder.mkdir()
     for split, entries in (("train", rows(10)), ("test", rows(3))):
         lines = [f'"{row["Question"]}","{row["Answer"]}"' for row in entries]
-        (folder / f"{split}.csv").write_text("\n".join(["prompt,completion", *lines]))
-    keys = ["data.question_key=prompt", "data.answer_key=completion"]
+        (folder / f"{split}.csv").write_text("\n".join(["asked,told", *lines]))
+    keys = ["data.question_key=asked", "data.answer_key=told"]
     config = train_config(
         model_dirs["gpt2"], folder, tmp_path / "run", trainer__params__max_epochs=1
     )

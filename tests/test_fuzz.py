@@ -91,7 +91,7 @@ def test_any_json_value_as_data_file_gives_pairs_or_a_clear_error(
     for split, found in (pairs or {}).items():
         given_rows = value.get(split) or value["validation"]
         assert [(p.question, p.answer) for p in found] == [
-            (row["Question"], row["Answer"]) for row in given_rows
+            (str(row["Question"]), str(row["Answer"])) for row in given_rows
         ]
     path = path.with_suffix(".jsonl")
     lines = value if isinstance(value, list) else [value]
