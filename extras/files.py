@@ -236,7 +236,7 @@ def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
         first = first or group
         if len(files) > 1 and (number is None or number in parts or group != first):
             other = files[0] if file != files[0] else files[1]
-            raise _both(folder, *sorted((file, other)), split)
+            raise _both(folder, min(file, other), max(file, other), split)
         parts[number or 0] = file
     missing = [number for number in range(total or 0) if number not in parts]
     if missing:
@@ -270,6 +270,7 @@ def _download(repository: str) -> Path:
     except Exception as error:  # of the hub, of HTTP, of the network, of the disk
         raise UserError(
             f"data.data_dir: {HUB}{repository}: cannot be fetched as a dataset from the hub: "
+            f"{type(error).__name__}: "
             f"{first_line(error)}"
         ) from None
     if not Path(place).is_dir():  # without a file to fetch, there is no directory either
@@ -452,8 +453,7 @@ def _dialect(file: Path, sample: str) -> Dialect:
     # In a well-formed field, a quote that stands alone is its last character, so that nothing but
     # a delimiter or the end of the line may follow it.
     goes_on = rf'(?=[^"\r\n{mark}])'
-    header = text.splitlines()[0] if text else ""
-    spaces = re.search(rf'{mark} +"{goes_on}', text) or re.search(rf"{mark} +\S", header)
+    spaces = re.search(rf'{mark} +"{goes_on}', text) or re.search(rf"{mark} +\S", _header_of(text))
     backslashes = re.search(rf'\\"{goes_on}', text)
     return Dialect(delimiter, bool(spaces), bool(backslashes), bool(declared))
 
@@ -461,8 +461,7 @@ def _dialect(file: Path, sample: str) -> Dialect:
 def _delimiter(file: Path, sample: str) -> str:
     """What separates the columns: it stands in the header, and makes rows as wide as that."""
     usual = "\t" if ending(file) == ".tsv" else ","
-    lines = sample.splitlines()
-    header = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
+    header = _header_of(sample)
     present = [mark for mark in DELIMITERS if mark in header]
     if len(present) < 2:
         return present[0] if present else usual
@@ -476,6 +475,11 @@ def _delimiter(file: Path, sample: str) -> str:
             f"says which, such as sep={present[0]}"
         )
     return even[0]
+
+
+def _header_of(sample: str) -> str:
+    """The first line without what stands in quotes in it."""
+    return re.sub(r'"[^"]*"', "", sample.lstrip("\r\n").partition("\n")[0])
 
 
 def _is_even(sample: str, mark: str) -> bool:
