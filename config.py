@@ -186,9 +186,16 @@ class GenerateParams(Section):
 
 class TrainData(Section):
     batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
-    data_dir: str = free(..., "the data: a .json, .jsonl or .csv file, or a directory")
-    question_key: str = key("Question", "name of the column or field with the question")
-    answer_key: str = key("Answer", "name of the column or field with the answer")
+    data_dir: str = free(
+        ..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README"
+    )
+    question_key: str | None = free(
+        None, "name of the column with the question, where the columns are not recognised"
+    )
+    answer_key: str | None = free(
+        None, "name of the column with the answer, where the columns are not recognised"
+    )
+    system: str | None = free(None, "a system message put in front of conversations that have none")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
@@ -335,9 +342,14 @@ class TrainConfig(Section):
 
 
 class TestData(Section):
-    data_dir: str = key(..., "the data: a .json, .jsonl or .csv file, or a directory")
-    question_key: str = key("Question", "name of the column or field with the question")
-    answer_key: str = key("Answer", "name of the column or field with the answer")
+    data_dir: str = key(..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README")
+    question_key: str | None = key(
+        None, "name of the column with the question, where the columns are not recognised"
+    )
+    answer_key: str | None = key(
+        None, "name of the column with the answer, where the columns are not recognised"
+    )
+    system: str | None = key(None, "a system message put in front of conversations that have none")
     max_prompt_length: PositiveInt = key(256, "tokens per prompt")
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"

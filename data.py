@@ -1,4 +1,4 @@
-"""Data: rows -> conversations -> token ids and target masks -> the order of steps -> batches.
+"""Data: conversations -> token ids and target masks -> the order of steps -> batches.
 
     source = DataSource.open("data/facts.json")
     samples = prepare_train(source.conversations("train"), encoder, max_length=128)
@@ -12,7 +12,6 @@ training, validation, `test` and `ask` all get their prompts from it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -22,13 +21,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import sha256_of
-from config import DEFAULT_TEMPLATE, TestData, TrainData, UserError
+from config import DEFAULT_TEMPLATE, TrainData, UserError
+
+if TYPE_CHECKING:
+    from extras.formats import DataSource
 
 IGNORE = -100  # the label of a position that is not trained on (torch's cross_entropy default)
 POOL = 512  # samples that are sorted by length together; see epoch_order
@@ -108,124 +109,11 @@ class Conversation(NamedTuple):
         return rest[0].text if rest else None
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """Where each split's rows are. JSON files are held in memory, .jsonl and .csv are streamed."""
-
-    path: Path
-    splits: dict[str, list[Any] | Path]
-    question_key: str = "Question"
-    answer_key: str = "Answer"
-
-    @classmethod
-    def open(
-        cls, data_dir: str | Path, question_key: str = "Question", answer_key: str = "Answer"
-    ) -> DataSource:
-        """Find the splits of a JSON, .jsonl or .csv file, or of a directory that holds them.
-
-        Raises:
-            UserError: missing or broken file, or one that does not have the expected shape.
-        """
-        from extras.formats import find_splits
-
-        path = Path(data_dir)
-        return cls(path, find_splits(path), question_key, answer_key)
-
-    @classmethod
-    def configured(cls, data: TrainData | TestData) -> DataSource:
-        """`open` as a configuration's `data` section says."""
-        return cls.open(data.data_dir, data.question_key, data.answer_key)
-
-    @property
-    def chat(self) -> bool:
-        """Whether the rows are conversations, not pairs."""
-        return False
-
-    def has(self, split: str) -> bool:
-        """Whether the split is there and has a row; an empty one counts as absent."""
-        from extras.formats import records
-
-        rows = self.splits.get(split)
-        return rows is not None and next(records(rows), None) is not None
-
-    def conversations(self, split: str, *, empty_answers: bool = False) -> Iterator[Conversation]:
-        """The conversations of a split, in file order.
-
-        Raises:
-            UserError: an absent split, or rows without a usable question and answer. The message
-                names the first few row numbers of each kind of problem.
-        """
-        from extras import formats
-
-        split = formats.split_name(split)
-        if split not in self.splits:
-            raise UserError(f"{self.path}: no split {split!r}; found {', '.join(self.splits)}")
-        rows = self.splits[split]
-        name = str(rows if isinstance(rows, Path) else self.path)
-        keys = (self.question_key, self.answer_key)
-        problems: dict[str, list[int]] = {}
-        advice = ""
-        count = 0
-        for row, record in enumerate(formats.records(rows), start=1):
-            count += 1
-            problem = formats.problem(record, *keys, empty_answers)
-            if problem:
-                problems.setdefault(problem, []).append(row)
-                advice = advice or formats.advice(record, *keys, name)
-            elif not problems:
-                yield Conversation.of_pair(row, *(record[key] for key in keys))
-        if count == 0:
-            raise UserError(f"{name}: the split {split!r} is empty")
-        if problems:
-            lines = [f"  {numbered(rows)}: {problem}" for problem, rows in problems.items()]
-            raise UserError(
-                f"{name}: {sum(map(len, problems.values()))} of {count} rows of {split!r} cannot "
-                "be used (rows count from 1)\n" + "\n".join(lines) + advice
-            )
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the contents of the split files, not over their paths; read once a start."""
-        files = {name: p for name, p in self.splits.items() if isinstance(p, Path)}
-        if not files:
-            files[""] = self.path if self.path.is_file() else next(self.path.glob("*.json"))
-        parts = [self.question_key, self.answer_key]
-        for name, file in sorted(files.items()):
-            # Each file by itself: a row moved from one split's end to the next one's start counts.
-            parts += [name, file.suffix, sha256_of(file)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
 def numbered(rows: Sequence[int]) -> str:
     """Row numbers for a message: the first few and how many more."""
     shown = ", ".join(map(str, rows[:SHOWN_ROWS]))
     more = len(rows) - SHOWN_ROWS
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {more} more" if more > 0 else "")
-
-
-def overlap(source: DataSource) -> dict[str, int]:
-    """Counts for a warning: pairs that stand twice in `train`, questions also in `test`.
-
-    Eight bytes of a hash stand for each text, so that a million pairs need little memory; the
-    chance that two different ones meet is then about 1 in 30 million.
-    """
-
-    def digest(*messages: Message) -> bytes:
-        text = "\0".join(message.text for message in messages)
-        return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-    pairs: set[bytes] = set()
-    questions: set[bytes] = set()
-    total = 0
-    for _, messages, _ in source.conversations("train"):
-        total += 1
-        pairs.add(digest(*messages))
-        questions.add(digest(messages[0]))
-    shared = 0
-    if source.splits.get("test"):  # an empty list is no reason not to train
-        asked = source.conversations("test", empty_answers=True)
-        shared = sum(digest(messages[0]) in questions for _, messages, _ in asked)
-    return {"duplicates": total - len(pairs), "train_test_overlap": shared}
 
 
 # ----------------------------------------------------------------------------------- encoding

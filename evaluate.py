@@ -24,7 +24,6 @@ from config import (
 )
 from data import (
     Counts,
-    DataSource,
     Encoder,
     Prompt,
     Samples,
@@ -39,6 +38,7 @@ from device import Device, open_device
 from extras import metrics, report
 from extras.answer_log import AnswerLog
 from extras.console import Console, duration
+from extras.formats import DataSource
 from extras.generation import Answer, Batching, Decoding, check_token_ids, generate
 from extras.model_checks import check_ids, check_length, context_length
 from extras.wandb_log import WandbWriter
@@ -230,9 +230,10 @@ def test_model(
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    source = DataSource.configured(config.data)
-    conversations = list(source.conversations(config.data.split, empty_answers=True))
     place = checkpoint.find_model(path or config.model_name, console.warn)
+    system = checkpoint.details(Path(place)).get("system")
+    source = DataSource.configured(config.data, system)
+    conversations = list(source.conversations(config.data.split, empty_answers=True))
     opened = open_model(place, from_scratch=config.test_params.from_scratch, seed=config.seed)
     wanted = config.data.prompt_template
     if wanted is not None and opened.template not in (None, wanted):
@@ -253,6 +254,7 @@ def test_model(
     )
     references = reference_samples(encoder, prompts, context_length(model.model))
     largest = int(references.input_ids.max(initial=0))
+    remarks += source.remarks()
     remarks += check_ids(model.model, opened.tokenizer, largest, config.data.data_dir)
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")

@@ -48,7 +48,6 @@ import freeze
 from checkpoint import State, Step, find_model
 from data import (
     Batch,
-    DataSource,
     Encoder,
     Samples,
     Splits,
@@ -61,6 +60,7 @@ from data import (
 from device import Device, explain, open_device, whole_tensor
 from evaluate import Validation, summed_loss
 from extras.console import Recorder, SilentRecorder
+from extras.formats import DataSource
 from extras.model_checks import check_ids, check_length, refuse_router_loss
 from extras.probe import check_trainable
 from model import (
@@ -236,6 +236,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
     largest = max(int(s.input_ids.max(initial=0)) for s in (splits.whole, splits.val))
+    remarks += source.remarks()
     remarks += check_ids(causal_lm, opened.tokenizer, largest, config.data.data_dir)
     plan = Plan.of(config, device, len(splits.train))
     validation = Validation.of(config, splits, source, model, plan.batch_size, plan.static_shape)
@@ -453,6 +454,7 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
     """Write the model into the run's directory, with `contents` as its trainer state if given."""
     about = {
         "prompt_template": run.encoder.template,
+        "system": run.config.data.system,
         "model_name": run.config.model_name,
         "global_step": state.global_step,
         f"best_{run.config.trainer.checkpoint.log_obj}": state.best_value,

@@ -45,9 +45,9 @@ def test_bad_input_ends_with_code_2_and_one_clear_message(
     assert "no such file or directory" in refused(data=tmp_path / "absent.json")
     entries: list[Any] = rows(6)
     del entries[1]["Answer"]
-    entries[4]["Question"] = 17
+    entries[4]["Question"] = None
     message = refused(data=write_data(tmp_path / "wrong.json", train=entries))
-    assert "row 2: no 'Answer'" in message and "row 5: 'Question' is a number 17" in message
+    assert "row 2: no 'Answer'" in message and "row 5: 'Question' is null" in message
     assert "max_length: found 129; allowed: at most 128" in refused(data__max_length=129)
     weights = shutil.ignore_patterns("*.safetensors")
     empty = shutil.copytree(model_dirs["gpt2"], tmp_path / "empty", ignore=weights)
@@ -73,8 +73,8 @@ def test_a_csv_with_other_column_names_is_trained_on_and_tested(
     folder.mkdir()
     for split, entries in (("train", rows(10)), ("test", rows(3))):
         lines = [f'"{row["Question"]}","{row["Answer"]}"' for row in entries]
-        (folder / f"{split}.csv").write_text("\n".join(["prompt,completion", *lines]))
-    columns = {"data__question_key": "prompt", "data__answer_key": "completion"}
+        (folder / f"{split}.csv").write_text("\n".join(["asked,told", *lines]))
+    columns = {"data__question_key": "asked", "data__answer_key": "told"}
     run(data=folder, code=2)
     directory = run(data=folder, **columns)
     log = run.test(model=directory, data=folder, **columns)

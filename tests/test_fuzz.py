@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from config import TestConfig as ForTest  # pytest would collect a name like Test*
 from config import TrainConfig as ForTrain
 from config import UserError, load, resolved, to_yaml, walk
-from data import Conversation, DataSource, Encoder, overlap, prepare_inference, prepare_train
+from data import Conversation, Encoder, prepare_inference, prepare_train
+from extras.formats import DataSource, overlap
 
 T = TypeVar("T")
 FUZZ = settings(
@@ -90,7 +91,7 @@ def test_any_json_value_as_data_file_gives_pairs_or_a_clear_error(
     for split, found in (pairs or {}).items():
         given_rows = value.get(split) or value["validation"]
         assert [(p.question, p.answer) for p in found] == [
-            (row["Question"], row["Answer"]) for row in given_rows
+            (str(row["Question"]), str(row["Answer"])) for row in given_rows
         ]
     path = path.with_suffix(".jsonl")
     lines = value if isinstance(value, list) else [value]
