@@ -238,7 +238,12 @@ def test_model(
     source = DataSource.configured(config.data)
     conversations = list(source.conversations(config.data.split, empty_answers=True))
     place = checkpoint.find_model(path or config.model_name, console.warn)
-    opened = open_model(place, from_scratch=config.test_params.from_scratch, seed=config.seed)
+    opened = open_model(
+        place,
+        warn=console.warn,
+        from_scratch=config.test_params.from_scratch,
+        seed=config.seed,
+    )
     template = opened.template or config.data.prompt_template or DEFAULT_TEMPLATE
     if config.data.prompt_template not in (None, template):
         raise UserError(
@@ -272,7 +277,7 @@ def test_model(
     row("data", f"{config.data.data_dir} [{config.data.split}]: {counts.describe()}")
     new = config.generate_params.max_new_tokens
     row("", f"longest prompt {longest} tokens, at most {new} new ones")
-    log = AnswerLog(log_file, identity(config, place, source, template))
+    log = AnswerLog(log_file, identity(config, opened, source, template))
     ranks = device.ranks
     records = ranks.on_rank_zero(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
@@ -390,14 +395,17 @@ def reference_losses(
 
 
 def identity(
-    config: TestConfig, place: Path | str, source: DataSource, template: str
+    config: TestConfig, opened: Opened, source: DataSource, template: str
 ) -> dict[str, Any]:
     """Everything that decides what the log will hold, by names for messages."""
+    place = opened.place
     digest = hashlib.sha256(str(place).encode() if isinstance(place, str) else b"")
     if isinstance(place, Path):
         for file in sorted(place.glob("*")):
             if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_FILES:
                 digest.update(f"{file.name} {checkpoint.sha256_of(file)}".encode())
+    if opened.adapter:
+        digest.update(opened.fingerprint.encode())
     values: dict[str, Any] = {
         "model": digest.hexdigest()[:16],
         "data": source.fingerprint[:16],
@@ -415,7 +423,7 @@ def identity(
     return values
 
 
-_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass

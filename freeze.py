@@ -3,11 +3,12 @@
 Every parameter is of one kind, found from what the modules around it are called and from where
 they stand, and not from one architecture's parameter names:
 
-    emb    token and position embeddings, and an output head that is tied to them
-    ln     every norm, the final one and those inside attention included
-    attn   attention, and what a block has in its place: state-space and recurrent mixers, whole
-    ff     feed-forward maps, experts and their routers
-    other  the rest: an untied output head, what a model adds to the residual stream itself, ...
+    emb      token and position embeddings, and an output head that is tied to them
+    ln       every norm, the final one and those inside attention included
+    attn     attention, and what a block has in its place: state-space and recurrent mixers, whole
+    ff       feed-forward maps, experts and their routers
+    other    the rest: an untied output head, what a model adds to the residual stream itself, ...
+    adapter  what lora.py adds to projections; with it, everything else is frozen
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 
 from config import ModelParams, UserError
 
-KINDS = ("emb", "ln", "attn", "ff", "other")
+KINDS = ("emb", "ln", "attn", "ff", "other", "adapter")
 NORM = re.compile(r"norm(gated|\d\w?)?$", re.IGNORECASE)  # RMSNorm, RMSNormGated, LayerNorm1P
 WORDS = {
     "attn": "att attn attention mixer mamba ssm conv delta lstm recurrent",
@@ -88,6 +89,8 @@ def _kind(path: list[tuple[str, nn.Module]], stacks: set[int]) -> str:
         path = path[:-1]
     attribute, owner = path[-1]
     named = type(owner).__name__
+    if attribute in ("lora_A", "lora_B"):
+        return "adapter"
     if isinstance(owner, nn.Embedding) or named.endswith(("Embedding", "Embeddings")):
         return "emb"
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -117,10 +120,16 @@ def _meaning(name: str) -> str:
 def apply(model: nn.Module, params: ModelParams) -> None:
     """Set `requires_grad` of every parameter as the `freeze_*` keys say.
 
+    Of a model that is to get an adapter, only the blocks in `layers_not_to_freeze` train.
+
     Raises:
         UserError: a block index that the model does not have, or nothing left to train.
     """
-    if not params.do_freeze:
+    adapter = params.adapter is not None
+    if adapter and not params.layers_not_to_freeze:  # a model without a stack of blocks will do
+        model.requires_grad_(False)
+        return
+    if not adapter and not params.do_freeze:
         return
     stack = blocks(model)
     open_blocks = set()
@@ -133,7 +142,7 @@ def apply(model: nn.Module, params: ModelParams) -> None:
         open_blocks.add(index % len(stack))
     kept = {id(p) for index in open_blocks for p in stack[index].parameters()}
     for _, kind, parameter in classify(model):
-        frozen = getattr(params, f"freeze_{kind}") and id(parameter) not in kept
+        frozen = (adapter or getattr(params, f"freeze_{kind}")) and id(parameter) not in kept
         parameter.requires_grad_(not frozen)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(

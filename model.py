@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import (
 
 import checkpoint
 import freeze
+import lora
 from config import ModelParams, UserError, first_line
 from data import IGNORE, Batch
 from extras import probe
@@ -75,28 +77,46 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class Opened:
     """A model that is ready to be trained, tested or asked, and what belongs to it.
 
-    place: the directory or hub id that it comes from. files: its tokenizer's, by their names.
-    template: the one that it was trained with, if it is ours. remarks: for the user.
+    place: the directory or hub id that it comes from. base: what an adapter there is one of, else
+    the same. adapter: see `lora.read_config`; None for a whole model. files: its tokenizer's, by
+    their names. template: the one that it was trained with, if it is ours. remarks: for the user.
     """
 
     place: Path | str
+    base: Path | str
+    adapter: dict[str, Any] | None
     model: AnswerModel
     tokenizer: Any
     files: dict[str, bytes]
     template: str | None
     remarks: list[str]
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the base's files of weights, wherever they lie."""
+        config = _file_of(str(self.base), "config.json")
+        directory = Path(self.base) if config is None else config.parent
+        found = (sorted(directory.glob(pattern)) for pattern in WEIGHT_FILES)
+        sums = [
+            f"{file.name} {checkpoint.sha256_of(file)}" for file in next(filter(None, found), [])
+        ]
+        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
 
 def open_model(
     place: Path | str,
     *,
+    base: Path | str | None = None,
+    warn: Callable[[str], None] | None = None,
     from_scratch: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Opened:
-    """Open a hub id, a model directory or a checkpoint, see `checkpoint.find_model`.
+    """Open a hub id, a model directory, an adapter or a checkpoint, see `checkpoint.find_model`.
 
     Args:
+        base: stands in for the one that an adapter names. warn: is told if it is not the one that
+            the adapter was trained on.
         from_scratch: a directory without weights is initialised at random from `seed`; weights
             that are there are used all the same.
 
@@ -104,13 +124,28 @@ def open_model(
         UserError: there is none, it cannot be read, or it is not what it says it is.
     """
     _quiet_libraries()
-    name = str(place)
-    tokenizer = load_tokenizer(name)
-    loaded, remarks = load_model(name, from_scratch=from_scratch, dtype=dtype, seed=seed)
-    model = AnswerModel(loaded)
+    name, directory = str(place), Path(place)
+    base, adapter = lora.base_of(place, base)
+    about = checkpoint.details(directory)
+    # Adapters that others wrote may lie without a tokenizer.
+    bare = adapter and not any((directory / file).exists() for file in TOKENIZER_FILES)
+    words = str(base) if bare else name
+    tokenizer = load_tokenizer(words)
+    loaded, remarks = load_model(str(base), from_scratch=from_scratch, dtype=dtype, seed=seed)
+    if adapter and (directory / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(name)
+    model = AnswerModel(loaded)  # tried out as it is without an adapter
     model.end_ids = list(dict.fromkeys([tokenizer.eos_token_id, *model.end_ids]))
-    template = checkpoint.details(Path(place)).get("prompt_template")
-    return Opened(place, model, tokenizer, _tokenizer_files(name, tokenizer), template, remarks)
+    files, template = _tokenizer_files(words, tokenizer), about.get("prompt_template")
+    opened = Opened(place, base, adapter, model, tokenizer, files, template, remarks)
+    if adapter:
+        lora.load(loaded, directory, adapter)
+        remarks.append(lora.describe(loaded, adapter))
+        if about.get("base_fingerprint", opened.fingerprint) != opened.fingerprint:
+            (warn or remarks.append)(
+                f"{base}: its weights have changed since the adapter in {place} was trained on them"
+            )
+    return opened
 
 
 def _configured_ends(model: PreTrainedModel) -> list[int]:
@@ -606,18 +641,29 @@ def _tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     return found
 
 
+def state_to_save(opened: Opened) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which FSDP may keep in slices: the model, or its adapter."""
+    model = opened.model.model
+    return dict(lora.saved(model)) if opened.adapter else model.state_dict(keep_vars=True)
+
+
 def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
+    Of a model with an adapter, that of the model is PEFT's: the adapter, and not the model.
+
     Args:
-        weights: the model's state dict, whole tensors.
+        weights: what `state_to_save` names, as whole tensors.
     """
     model = opened.model.model
+    if opened.adapter:
+        lora.save(model, weights, opened.adapter, Path(directory))
     # transformers refuses to write generation settings that many published models have, so these
     # are written apart. What the answers were trained to end with comes first.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        if not opened.adapter:
+            model.save_pretrained(directory, state_dict=weights)
     finally:
         model.generation_config = own
     generation, ends = copy.deepcopy(own), opened.model.end_ids

@@ -144,6 +144,7 @@ from torch import nn
 import checkpoint
 import evaluate
 import freeze
+import lora
 from checkpoint import State, Step, find_model
 from data import (
     Batch,
@@ -173,6 +174,7 @@ from model import (
     make_optimizer,
     open_model,
     refuse_router_loss,
+    state_to_save,
     warmup_steps,
 )
 
@@ -313,9 +315,12 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     """
     params, ranks, remarks = config.trainer.params, device.ranks, list[str]()
     source = DataSource.configured(config.data)
-    base = find_model(config.model_name, remarks.append)
+    start = find_model(config.model_name, remarks.append)
+    base, _ = lora.base_of(start)
     opened = open_model(
-        resumed_from or base,
+        resumed_from or start,
+        base=base,
+        warn=remarks.append,
         from_scratch=config.model_params.from_scratch and not resumed_from,
         dtype=device.weights_dtype,
         seed=config.seed,
@@ -326,7 +331,14 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         remarks.append(f"weights from {resumed_from}")
     check_length(causal_lm, config.data.max_length, "data.max_length")
     refuse_router_loss(config.model_name, causal_lm.config)
-    freeze.apply(causal_lm, config.model_params)
+    if opened.adapter is None:
+        freeze.apply(causal_lm, config.model_params)
+        if config.model_params.adapter:
+            opened.adapter = lora.attach(causal_lm, config.model_params.adapter, config.seed)
+            remarks.append(lora.describe(causal_lm, opened.adapter))
+    elif not resumed_from:
+        lora.check_continued(causal_lm, opened.adapter, config.model_params)
+        remarks.append(f"training goes on with the adapter in {start}, of {base}")
     if params.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
@@ -352,6 +364,8 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         "data": source.fingerprint,
         SAMPLES_PER_STEP: plan.samples_per_step,
     }
+    if opened.adapter:
+        identity["base"] = opened.fingerprint
     device.seed(config.seed)
     return Run(
         config, device, opened, parallel, trainable, optimizer, kinds, source, encoder, splits,
@@ -556,7 +570,9 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
         "global_step": state.global_step,
         f"best_{run.config.trainer.checkpoint.log_obj}": state.best_value,
     }
-    weights = checkpoint.whole_state(run.model.model)
+    if run.opened.adapter:
+        about |= {"base": str(run.opened.base), "base_fingerprint": run.opened.fingerprint}
+    weights = checkpoint.whole_state(state_to_save(run.opened))
 
     def write(directory: Path) -> None:
         export(run.opened, weights, directory)

@@ -32,7 +32,8 @@ def ask(name: str, question: str | None) -> int:
         UserError: there is no such model, or a question does not fit into its context.
     """
     device = open_device()
-    opened = open_model(find_model(name, Console().warn))
+    warn = Console().warn
+    opened = open_model(find_model(name, warn), warn=warn)
     encoder = Encoder(opened.tokenizer, opened.template or DEFAULT_TEMPLATE)
     model = opened.model.eval()
     device.move_model(model)
