@@ -20,7 +20,7 @@ from torch import nn
 
 from config import ModelParams, UserError
 
-KINDS = ("emb", "ln", "attn", "ff", "other", "adapter")
+KINDS = ("emb", "ln", "attn", "ff", "other")
 NORM = re.compile(r"norm(gated|\d\w?)?$", re.IGNORECASE)  # RMSNorm, RMSNormGated, LayerNorm1P
 WORDS = {
     "attn": "att attn attention mixer mamba ssm conv delta lstm recurrent",
@@ -126,12 +126,9 @@ def apply(model: nn.Module, params: ModelParams) -> None:
         UserError: a block index that the model does not have, or nothing left to train.
     """
     adapter = params.adapter is not None
-    if adapter and not params.layers_not_to_freeze:  # a model without a stack of blocks will do
-        model.requires_grad_(False)
-        return
     if not adapter and not params.do_freeze:
         return
-    stack = blocks(model)
+    stack = blocks(model) if params.do_freeze or params.layers_not_to_freeze else []
     open_blocks = set()
     for index in params.layers_not_to_freeze:
         if not -len(stack) <= index < len(stack):
@@ -144,7 +141,7 @@ def apply(model: nn.Module, params: ModelParams) -> None:
     for _, kind, parameter in classify(model):
         frozen = (adapter or getattr(params, f"freeze_{kind}")) and id(parameter) not in kept
         parameter.requires_grad_(not frozen)
-    if not any(p.requires_grad for p in model.parameters()):
+    if not adapter and not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             "model_params: do_freeze leaves nothing to train; set one freeze_* key to false or "
             "name blocks in layers_not_to_freeze"
@@ -153,7 +150,7 @@ def apply(model: nn.Module, params: ModelParams) -> None:
 
 def report(model: nn.Module) -> list[tuple[str, int, int]]:
     """(kind, parameters, trainable parameters) for each kind that the model has."""
-    totals = {kind: [0, 0] for kind in KINDS}
+    totals = {kind: [0, 0] for kind in (*KINDS, "adapter")}
     for _, kind, parameter in classify(model):
         totals[kind][0] += parameter.numel()
         totals[kind][1] += parameter.numel() * parameter.requires_grad

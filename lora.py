@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +33,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import freeze
-from config import Adapter, ModelParams, UserError, did_you_mean, first_line
+from config import Adapter, UserError, did_you_mean
 from extras.speed import FastLinear, adapter_of, linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 ALL_LINEAR = "all-linear"
-SHOWN = 4  # names in a message
-# Keys of adapter_config.json. The file of weights itself says which modules have an adapter, so
-# those that select modules need not be understood. Of the others, only these values are.
-USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path"}
-OF_NO_EFFECT = {
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("modules_to_save", "fan_in_fan_out", "inference_mode", "task_type"),
-    *("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
-}
-ALLOWED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "revision": (None, "main"),
-    # Other ways to begin (PiSSA, OLoRA, LoftQ, ...) change the base's weights as well.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
-}
 
 
 class LoRA(nn.Module):
@@ -66,6 +49,7 @@ class LoRA(nn.Module):
     lora_dropout: nn.Dropout
     lora_scale: float
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
@@ -179,34 +163,6 @@ def attach(model: PreTrainedModel, adapter: Adapter, seed: int) -> dict[str, Any
     return config
 
 
-def check_continued(model: PreTrainedModel, config: dict[str, Any], params: ModelParams) -> None:
-    """Raise a UserError if an adapter that is trained on is not as the configuration says."""
-    if params.do_freeze or params.layers_not_to_freeze:
-        raise UserError(
-            "model_params: found do_freeze or layers_not_to_freeze, but model_name is an adapter: "
-            "what it holds is trained, and nothing else"
-        )
-    if (wanted := params.adapter) is None:
-        return
-    names = [name for name, module in model.named_modules() if isinstance(module, LoRA)]
-    there = (config["r"], config["lora_alpha"], config["lora_dropout"], sorted(names))
-    now = (wanted.r, wanted.alpha, wanted.dropout, sorted(targets(model, wanted.target_modules)))
-    if there != now:
-        raise UserError(
-            f"model_params.adapter: found {wanted}, but model_name is an adapter of "
-            f"r={there[0]} alpha={there[1]} dropout={there[2]} on {len(names)} projections; remove "
-            "the section to train it on, or `python sft.py export` it and begin a new one on that"
-        )
-
-
-def describe(model: nn.Module, config: dict[str, Any]) -> str:
-    """One line for people."""
-    names = [name for name, module in model.named_modules() if isinstance(module, LoRA)]
-    short = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    sizes = f"r {config['r']}, alpha {config['lora_alpha']}"
-    return f"adapter: {sizes}, on {len(names)} projections ({short})"
-
-
 def saved(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains, and so what a checkpoint holds: adapters, and blocks that train whole."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -215,89 +171,49 @@ def saved(model: nn.Module) -> dict[str, nn.Parameter]:
 # ------------------------------------------------------------------------------------- files
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
-    """adapter_config.json of a directory; None if it holds no adapter.
-
-    Raises:
-        UserError: it is none that is understood here, down to every key.
-    """
-    path = directory / CONFIG
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.setdefault("use_rslora", False)
-        config.setdefault("lora_dropout", 0.0)
-        base, r, alpha = (config[key] for key in ("base_model_name_or_path", "r", "lora_alpha"))
-        right = isinstance(base, str) and isinstance(r, int) and isinstance(alpha, (int, float))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
-    if not right:
-        raise UserError(f"{path}: found base_model_name_or_path {base!r}, r {r!r}, alpha {alpha!r}")
-    foreign = [
-        f"{key}: {value!r}"
-        for key, value in config.items()
-        if (key in ALLOWED and value not in ALLOWED[key])
-        or (value and key not in {*USED, *OF_NO_EFFECT, *ALLOWED})
-    ]
-    if foreign:
-        raise UserError(
-            f"{path}: found {', '.join(foreign)}, which is not supported; allowed: plain LoRA and "
-            "rsLoRA adapters (peft itself can merge others: `merge_and_unload`)"
-        )
-    return config
-
-
 def base_of(
     place: Path | str, base: Path | str | None = None
 ) -> tuple[Path | str, dict[str, Any] | None]:
-    """What to open first, and the adapter to put onto it; `base` replaces the one that it names."""
-    config = read_config(Path(place))
-    if config is None:
+    """What to open first: the base of an adapter, and adapter_config.json, or `place` and None.
+
+    Args:
+        base: stands in for the one that the adapter names.
+
+    Raises:
+        UserError: it is an adapter of a kind that is not supported.
+    """
+    from extras.adapters import read_config
+
+    path = Path(place) / CONFIG
+    if not path.is_file():
         return place, None
+    config = read_config(path)
     base = base or config["base_model_name_or_path"]
     return base, config | {"base_model_name_or_path": str(base)}
 
 
 def load(model: PreTrainedModel, directory: Path, config: dict[str, Any]) -> None:
-    """Put a directory's adapters onto their base; what the file holds then trains, nothing else.
+    """Put a directory's adapter onto its base; what the files hold then trains, and nothing else.
 
     Args:
-        config: what `read_config` gave.
+        config: what `base_of` gave.
 
     Raises:
-        UserError: the file is not there, or not of this model.
+        UserError: the files are damaged, or those of another model.
     """
-    path = directory / WEIGHTS
-    try:
-        tensors = {name.removeprefix(PREFIX): t for name, t in load_file(path).items()}
-    except Exception as error:  # safetensors raises its own
-        raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    from extras.adapters import check_tensors, read_tensors
+
+    tensors = read_tensors(directory / WEIGHTS)
     model.requires_grad_(False)
     known = projections(model)
     for name in tensors:
-        module = known.get(name.removesuffix(".lora_A.weight"))
-        if module is not None:
-            _add(module, config)
-    own = dict(model.named_parameters(remove_duplicate=False))
-    shared = Counter(own.values())  # by identity
-    wrong = [f"{n} is missing" for n, p in own.items() if p.requires_grad and n not in tensors]
+        if (projection := name.removesuffix(".lora_A.weight")) in known:
+            _add(known[projection], config)
+    check_tensors(directory / WEIGHTS, model, tensors)
     for name, tensor in tensors.items():
-        if name not in own:
-            wrong.append(f"{name}: the model has no such parameter")
-        elif own[name].shape != tensor.shape:
-            wrong.append(f"{name}: found {list(tensor.shape)}, not {list(own[name].shape)}")
-        elif not bool(tensor.isfinite().all()):
-            wrong.append(f"{name}: holds numbers that are not finite")
-        elif shared[own[name]] > 1:  # PEFT trains a copy and leaves the other as it is
-            wrong.append(f"{name}: tied to another parameter of the model")
-        else:
-            own[name].data.copy_(tensor)
-            own[name].requires_grad_(True)
-    if wrong:
-        more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        lines = "\n".join(f"  {line}" for line in [*wrong[:SHOWN], *more])
-        raise UserError(f"{path}: not an adapter of {model.name_or_path}:\n{lines}")
+        parameter = model.get_parameter(name)
+        parameter.data.copy_(tensor)
+        parameter.requires_grad_(True)
 
 
 def save(

@@ -35,7 +35,7 @@ import freeze
 import lora
 from config import ModelParams, UserError, first_line
 from data import IGNORE, Batch
-from extras import probe
+from extras import adapters, probe
 from extras.speed import (
     ChunkedLoss,
     SdpaGPTNeoAttention,
@@ -93,14 +93,9 @@ class Opened:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the base's files of weights, wherever they lie."""
+        """SHA-256 over the base's weights."""
         config = _file_of(str(self.base), "config.json")
-        directory = Path(self.base) if config is None else config.parent
-        found = (sorted(directory.glob(pattern)) for pattern in WEIGHT_FILES)
-        sums = [
-            f"{file.name} {checkpoint.sha256_of(file)}" for file in next(filter(None, found), [])
-        ]
-        return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+        return adapters.fingerprint(config.parent if config else Path(self.base))
 
 
 def open_model(
@@ -124,27 +119,24 @@ def open_model(
         UserError: there is none, it cannot be read, or it is not what it says it is.
     """
     _quiet_libraries()
-    name, directory = str(place), Path(place)
+    directory = Path(place)
     base, adapter = lora.base_of(place, base)
-    about = checkpoint.details(directory)
     # Adapters that others wrote may lie without a tokenizer.
-    bare = adapter and not any((directory / file).exists() for file in TOKENIZER_FILES)
-    words = str(base) if bare else name
-    tokenizer = load_tokenizer(words)
+    has_own = not adapter or any((directory / file).exists() for file in TOKENIZER_FILES)
+    name = str(place if has_own else base)
+    tokenizer = load_tokenizer(name)
     loaded, remarks = load_model(str(base), from_scratch=from_scratch, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
-        loaded.generation_config = GenerationConfig.from_pretrained(name)
-    model = AnswerModel(loaded)  # tried out as it is without an adapter
+        loaded.generation_config = GenerationConfig.from_pretrained(directory)
+    model = AnswerModel(loaded)
     model.end_ids = list(dict.fromkeys([tokenizer.eos_token_id, *model.end_ids]))
-    files, template = _tokenizer_files(words, tokenizer), about.get("prompt_template")
+    template = checkpoint.details(directory).get("prompt_template")
+    files = _tokenizer_files(name, tokenizer)
     opened = Opened(place, base, adapter, model, tokenizer, files, template, remarks)
     if adapter:
         lora.load(loaded, directory, adapter)
-        remarks.append(lora.describe(loaded, adapter))
-        if about.get("base_fingerprint", opened.fingerprint) != opened.fingerprint:
-            (warn or remarks.append)(
-                f"{base}: its weights have changed since the adapter in {place} was trained on them"
-            )
+        remarks.append(adapters.describe(opened))
+        adapters.check_base(opened, warn or remarks.append)
     return opened
 
 

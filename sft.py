@@ -160,6 +160,7 @@ from data import (
 )
 from device import Device, explain, open_device, whole_tensor
 from evaluate import Validation, summed_loss
+from extras.adapters import check_continued, describe
 from extras.console import Recorder, SilentRecorder
 from extras.probe import check_trainable
 from model import (
@@ -335,10 +336,10 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         freeze.apply(causal_lm, config.model_params)
         if config.model_params.adapter:
             opened.adapter = lora.attach(causal_lm, config.model_params.adapter, config.seed)
-            remarks.append(lora.describe(causal_lm, opened.adapter))
+            remarks.append(describe(opened))
     elif not resumed_from:
-        lora.check_continued(causal_lm, opened.adapter, config.model_params)
-        remarks.append(f"training goes on with the adapter in {start}, of {base}")
+        check_continued(opened, config.model_params)
+        remarks.append(f"training goes on with the adapter in {start}")
     if params.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)

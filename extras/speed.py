@@ -170,6 +170,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 PLAIN = (Tensor, nn.Parameter)
+AdapterWeights = tuple[Tensor | None, Tensor | None, float]  # A [r, I], B [O, r] and their scale
+NO_ADAPTER: AdapterWeights = (None, None, 1.0)
 # An activation, and its gradient from that of its output and its input.
 GELU = (
     functools.partial(F.gelu, approximate="tanh"),
@@ -195,18 +197,14 @@ def _is_hooked(module: Any) -> bool:
 
 
 def adapter_of(module: Any) -> AdapterWeights:
-    """A, B and scale of a linear map with one of lora.py's adapters; Nones if it is to be called.
+    """Those of a linear map with one of lora.py's adapters, to be given to `linear`.
 
-    It is where something is hooked onto it, or dropout acts on what goes into the adapter.
+    Not of one that must be called: something is hooked onto it, or its adapter has dropout.
     """
-    if not isinstance(module, FastLinear) or not hasattr(module, "lora_A") or _is_hooked(module):
-        return None, None, 1.0
-    if module.training and module.lora_dropout.p:
-        return None, None, 1.0
+    adapted = isinstance(module, FastLinear) and hasattr(module, "lora_A")
+    if not adapted or _is_hooked(module) or (module.training and module.lora_dropout.p):
+        return NO_ADAPTER
     return module.lora_A.weight, module.lora_B.weight, module.lora_scale
-
-
-AdapterWeights = tuple[Tensor, Tensor, float] | tuple[None, None, float]
 
 
 class LinearFunction(torch.autograd.Function):
@@ -281,11 +279,11 @@ def linear(
     bias: Tensor | None,
     kind: Any = None,
     up: Tensor | None = None,
-    adapter: AdapterWeights = (None, None, 1.0),
+    adapter: AdapterWeights = NO_ADAPTER,
 ) -> Tensor:
     """linear(activation(x) * up): x, up [..., I], weight [O, I], bias [O] -> [..., O]
 
-    adapter: A [r, I], B [O, r] and their scale, see `adapter_of`.
+    adapter: see `adapter_of`.
     """
     if kind is None and adapter[0] is None and not torch.is_grad_enabled():
         return product(x, weight, bias)
