@@ -238,12 +238,8 @@ def test_model(
     source = DataSource.configured(config.data)
     conversations = list(source.conversations(config.data.split, empty_answers=True))
     place = checkpoint.find_model(path or config.model_name, console.warn)
-    opened = open_model(
-        place,
-        warn=console.warn,
-        from_scratch=config.test_params.from_scratch,
-        seed=config.seed,
-    )
+    fresh = config.test_params.from_scratch
+    opened = open_model(place, warn=console.warn, from_scratch=fresh, seed=config.seed)
     template = opened.template or config.data.prompt_template or DEFAULT_TEMPLATE
     if config.data.prompt_template not in (None, template):
         raise UserError(
