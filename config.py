@@ -39,6 +39,7 @@ def first_line(error: Exception) -> str:
 
 
 DEFAULT_TEMPLATE = "Question: {question} \nAnswer:"
+CHAT = "chat"  # the prompt template that is the tokenizer's own
 
 # Two keys were misspelt from the start. A file may use any spelling. Messages and stored settings
 # use the first, which is what earlier versions stored; Python uses the second, the correct one.
@@ -62,8 +63,8 @@ VAL_TEXT_METRICS = {
 
 
 def _template(value: str) -> str:
-    if value.count("{question}") != 1:
-        raise ValueError("Input should be a text that holds {question} exactly once")
+    if value != CHAT and value.count("{question}") != 1:
+        raise ValueError("Input should be 'chat' or a text that holds {question} exactly once")
     return value
 
 
@@ -185,9 +186,16 @@ class GenerateParams(Section):
 
 class TrainData(Section):
     batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
-    data_dir: str = free(..., "the data: a .json, .jsonl or .csv file, or a directory")
-    question_key: str = key("Question", "name of the column or field with the question")
-    answer_key: str = key("Answer", "name of the column or field with the answer")
+    data_dir: str = free(
+        ..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README"
+    )
+    question_key: str | None = free(
+        None, "name of the column with the question, where the columns are not recognised"
+    )
+    answer_key: str | None = free(
+        None, "name of the column with the answer, where the columns are not recognised"
+    )
+    system: str | None = free(None, "a system message put in front of conversations that have none")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
@@ -197,7 +205,11 @@ class TrainData(Section):
     truncate_prompt: bool = key(
         True, "shorten the question of a sample that is too long", spellings=TRUNCATE_PROMPT
     )
-    prompt_template: Template = key(DEFAULT_TEMPLATE, "the prompt; holds `{question}` once")
+    prompt_template: Template | None = key(
+        None,
+        "`chat`, the tokenizer's chat template, or a text that holds `{question}` once; null: "
+        "`chat` for conversations, for pairs `Question: {question} \\nAnswer:`",
+    )
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = key(
         0.05, "share of `train` held out when the data has no `val` split"
     )
@@ -355,9 +367,14 @@ def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iter
 
 
 class TestData(Section):
-    data_dir: str = key(..., "the data: a .json, .jsonl or .csv file, or a directory")
-    question_key: str = key("Question", "name of the column or field with the question")
-    answer_key: str = key("Answer", "name of the column or field with the answer")
+    data_dir: str = key(..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README")
+    question_key: str | None = key(
+        None, "name of the column with the question, where the columns are not recognised"
+    )
+    answer_key: str | None = key(
+        None, "name of the column with the answer, where the columns are not recognised"
+    )
+    system: str | None = key(None, "a system message put in front of conversations that have none")
     max_prompt_length: PositiveInt = key(256, "tokens per prompt")
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"

@@ -1,4 +1,4 @@
-"""Data: rows -> conversations -> token ids and target masks -> the order of steps -> batches.
+"""Data: conversations -> token ids and target masks -> the order of steps -> batches.
 
     source = DataSource.open("data/facts.json")
     samples = prepare_train(source.conversations("train"), encoder, max_length=128)
@@ -12,22 +12,24 @@ training, validation, `test` and `ask` all get their prompts from it.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import sha256_of
-from config import DEFAULT_TEMPLATE, TestData, TrainData, UserError
+from config import DEFAULT_TEMPLATE, TrainData, UserError
+
+if TYPE_CHECKING:
+    from extras.formats import DataSource
 
 IGNORE = -100  # the label of a position that is not trained on (torch's cross_entropy default)
 POOL = 512  # samples that are sorted by length together; see epoch_order
@@ -35,6 +37,9 @@ CHUNK = 1000  # conversations tokenised at a time
 NEXT_WORD = re.compile(r"\s*\S*")
 LOOK_AHEAD = 24  # characters, longer than nearly every word; see cut_question
 SHOWN_ROWS = 5
+# Around a control token that is plain text: characters that Unicode keeps for such inner use.
+QUOTE, UNQUOTE = "\ufdd0", "\ufdd1"
+QUOTED = re.compile(f"{QUOTE}(.*?){UNQUOTE}", re.DOTALL)
 INPUT_IDS, TARGET_MASK = "input_ids.bin", "target_mask.bin"  # files of `prepare_train`
 
 
@@ -42,112 +47,66 @@ INPUT_IDS, TARGET_MASK = "input_ids.bin", "target_mask.bin"  # files of `prepare
 
 
 class Message(NamedTuple):
-    role: str  # "user" or "assistant"
+    """What one party says.
+
+    role: "system", "user", "assistant" or "tool". trained: the model learns to say it. fields: what
+    a chat template may use besides, such as `tool_calls`, `name` or `reasoning_content`.
+    """
+
+    role: str
     text: str
+    trained: bool = False
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 class Conversation(NamedTuple):
-    """Messages in their order, and the row of the data file that they come from, from 1."""
+    """Messages in their order, and the row of the data file that they come from, from 1.
+
+    tools: JSON schemas of the functions that the model may call, for its chat template.
+    """
 
     row: int
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def of_pair(cls, row: int, question: str, answer: str | None = None) -> Conversation:
         """A question, and its answer unless the model is to give it."""
-        messages = (Message("user", question), Message("assistant", answer or ""))
+        messages = (Message("user", question), Message("assistant", answer or "", trained=True))
         return cls(row, messages[: 1 if answer is None else 2])
 
     @property
+    def answered(self) -> int:
+        """The index of the last trained message; how many messages there are if none is."""
+        trained = [i for i, message in enumerate(self.messages) if message.trained]
+        return trained[-1] if trained else len(self.messages)
+
+    @property
+    def prompt(self) -> Conversation:
+        """What stands before the last trained message, with nothing in it to train on."""
+        before = self.messages[: self.answered]
+        return self._replace(messages=tuple(message._replace(trained=False) for message in before))
+
+    @property
     def question(self) -> str:
-        return self.messages[0].text
+        """What the user said last before the last trained message."""
+        said = [message.text for message in self.prompt.messages if message.role == "user"]
+        return said[-1] if said else ""
+
+    def asking(self, question: str) -> Conversation:
+        """The same conversation with another `question`."""
+        users = [i for i, m in enumerate(self.messages[: self.answered]) if m.role == "user"]
+        if not users:
+            return self
+        messages = list(self.messages)
+        messages[users[-1]] = messages[users[-1]]._replace(text=question)
+        return self._replace(messages=tuple(messages))
 
     @property
     def answer(self) -> str | None:
-        return self.messages[1].text if len(self.messages) > 1 else None
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """Where each split's rows are. JSON files are held in memory, .jsonl and .csv are streamed."""
-
-    path: Path
-    splits: dict[str, list[Any] | Path]
-    question_key: str = "Question"
-    answer_key: str = "Answer"
-
-    @classmethod
-    def open(
-        cls, data_dir: str | Path, question_key: str = "Question", answer_key: str = "Answer"
-    ) -> DataSource:
-        """Find the splits of a JSON, .jsonl or .csv file, or of a directory that holds them.
-
-        Raises:
-            UserError: missing or broken file, or one that does not have the expected shape.
-        """
-        from extras.formats import find_splits
-
-        path = Path(data_dir)
-        return cls(path, find_splits(path), question_key, answer_key)
-
-    @classmethod
-    def configured(cls, data: TrainData | TestData) -> DataSource:
-        """`open` as a configuration's `data` section says."""
-        return cls.open(data.data_dir, data.question_key, data.answer_key)
-
-    def has(self, split: str) -> bool:
-        """Whether the split is there and has a row; an empty one counts as absent."""
-        from extras.formats import records
-
-        rows = self.splits.get(split)
-        return rows is not None and next(records(rows), None) is not None
-
-    def conversations(self, split: str, *, empty_answers: bool = False) -> Iterator[Conversation]:
-        """The conversations of a split, in file order.
-
-        Raises:
-            UserError: an absent split, or rows without a usable question and answer. The message
-                names the first few row numbers of each kind of problem.
-        """
-        from extras import formats
-
-        split = formats.split_name(split)
-        if split not in self.splits:
-            raise UserError(f"{self.path}: no split {split!r}; found {', '.join(self.splits)}")
-        rows = self.splits[split]
-        name = str(rows if isinstance(rows, Path) else self.path)
-        keys = (self.question_key, self.answer_key)
-        problems: dict[str, list[int]] = {}
-        advice = ""
-        count = 0
-        for row, record in enumerate(formats.records(rows), start=1):
-            count += 1
-            problem = formats.problem(record, *keys, empty_answers)
-            if problem:
-                problems.setdefault(problem, []).append(row)
-                advice = advice or formats.advice(record, *keys, name)
-            elif not problems:
-                yield Conversation.of_pair(row, *(record[key] for key in keys))
-        if count == 0:
-            raise UserError(f"{name}: the split {split!r} is empty")
-        if problems:
-            lines = [f"  {numbered(rows)}: {problem}" for problem, rows in problems.items()]
-            raise UserError(
-                f"{name}: {sum(map(len, problems.values()))} of {count} rows of {split!r} cannot "
-                "be used (rows count from 1)\n" + "\n".join(lines) + advice
-            )
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the contents of the split files, not over their paths; read once a start."""
-        files = {name: p for name, p in self.splits.items() if isinstance(p, Path)}
-        if not files:
-            files[""] = self.path if self.path.is_file() else next(self.path.glob("*.json"))
-        parts = [self.question_key, self.answer_key]
-        for name, file in sorted(files.items()):
-            # Each file by itself: a row moved from one split's end to the next one's start counts.
-            parts += [name, file.suffix, sha256_of(file)]
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        """The last trained message's text; None if it is still to be given."""
+        rest = self.messages[self.answered :]
+        return rest[0].text if rest else None
 
 
 def numbered(rows: Sequence[int]) -> str:
@@ -157,41 +116,34 @@ def numbered(rows: Sequence[int]) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def overlap(source: DataSource) -> dict[str, int]:
-    """Counts for a warning: pairs that stand twice in `train`, questions also in `test`.
-
-    Eight bytes of a hash stand for each text, so that a million pairs need little memory; the
-    chance that two different ones meet is then about 1 in 30 million.
-    """
-
-    def digest(*messages: Message) -> bytes:
-        text = "\0".join(message.text for message in messages)
-        return hashlib.blake2b(text.encode(), digest_size=8).digest()
-
-    pairs: set[bytes] = set()
-    questions: set[bytes] = set()
-    total = 0
-    for _, messages in source.conversations("train"):
-        total += 1
-        pairs.add(digest(*messages))
-        questions.add(digest(messages[0]))
-    shared = 0
-    if source.splits.get("test"):  # an empty list is no reason not to train
-        asked = source.conversations("test", empty_answers=True)
-        shared = sum(digest(messages[0]) in questions for _, messages in asked)
-    return {"duplicates": total - len(pairs), "train_test_overlap": shared}
-
-
 # ----------------------------------------------------------------------------------- encoding
 
 
+class Encoded(NamedTuple):
+    """A conversation as a model sees it, up to the last token that is trained on.
+
+    target_mask: 1 for each of `input_ids` that is trained on, 0 for each other one.
+    """
+
+    conversation: Conversation
+    input_ids: list[int]
+    target_mask: list[int]
+
+
 class Encoder:
-    """Conversations as token ids and target masks, whatever the tokenizer adds by itself.
+    """Conversations as token ids and target masks; the template is a text with {question}.
 
     The prompt is the template with the question in it, behind the tokens that the tokenizer puts
     in front of a text (BOS, or nothing) and without those that it puts behind. The target is one
-    space, the answer and one EOS. The two are tokenised separately, so that the ids of a prompt are
-    the beginning of the ids of a sample.
+    space, the answer and one EOS; there is no space where the template or the answer has one of its
+    own. The two are tokenised separately, so that the ids of a prompt are the beginning of the ids
+    of a sample.
+
+    A control token is one because the template says so: "<|endoftext|>" inside a message is text
+    like any other.
+
+    Raises:
+        UserError: the tokenizer has no EOS token.
     """
 
     def __init__(self, tokenizer: Any, template: str = DEFAULT_TEMPLATE) -> None:
@@ -200,72 +152,158 @@ class Encoder:
                 f"{tokenizer.name_or_path}: the tokenizer has no EOS token, so answers could "
                 "never end; set eos_token in its tokenizer_config.json"
             )
-        self.tokenizer = tokenizer
-        self.template = template
-        plain = self._tokenize(["a"])[0]
-        added = tokenizer("a")["input_ids"]
-        start = next((i for i in range(len(added)) if added[i : i + len(plain)] == plain), 0)
-        self.prefix: list[int] = added[:start]
-        # "<|endoftext|>" inside a question or an answer is text like any other and never a
-        # control token, unless the template itself is written with control tokens.
-        self.special_in_template = any(t in template for t in tokenizer.all_special_tokens)
+        self.tokenizer, self.template = tokenizer, template
+        added = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        control = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self.control_token = re.compile("|".join(map(re.escape, control)))
+        self.control_ids = set(tokenizer.convert_tokens_to_ids(control))
+        plain, whole = self.ids_of_text("a"), tokenizer("a")["input_ids"]
+        start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        self.prefix: list[int] = whole[:start]
+        # SentencePiece puts a space in front of a text, which is none inside of one.
+        self.lead = self.ids_of_text("\n")
+        self.adds_space = self.ids_of_text("\na") != self.lead + plain
+        self.end_ids: list[int] = [tokenizer.eos_token_id]
+        control_at_end = re.search(f"({self.control_token.pattern})$", template)
+        self.space = "" if control_at_end or template[-1:].isspace() else " "
 
-    def _tokenize(self, texts: list[str], *, split_special: bool = True) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], *, control: bool = True) -> list[list[int]]:
+        """The ids of whole texts; with `control`, a control token's name stands for the token."""
         if not texts:
             return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=split_special,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return encoded["input_ids"]
+        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        encoded = self.tokenizer(texts, split_special_tokens=not control, **options)
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[tuple[list[int], list[int]]]:
-        """(input_ids, target_mask) of each conversation; without an answer, those of its prompt.
+    def ids_of_text(self, text: str) -> list[int]:
+        return self._tokenize([text], control=False)[0]
 
-        The mask has a 1 for each token that is trained on, and a 0 for each other one.
+    def quoted(self, text: str) -> str:
+        """The text with a mark around each control token in it, which `ids` then takes as text."""
+        return self.control_token.sub(lambda match: f"{QUOTE}{match[0]}{UNQUOTE}", text)
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts in which control tokens count, except where they are `quoted`."""
+        plain = [text for text in texts if QUOTE not in text]
+        found = iter(self._tokenize(plain))
+        return [self._unquote(text) if QUOTE in text else next(found) for text in texts]
+
+    def _unquote(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(QUOTED.split(text)):
+            ids += self._tokenize([part], control=i % 2 == 0)[0] if part else []
+        return ids
+
+    def continuing(self, texts: list[str]) -> list[list[int]]:
+        """The ids of plain texts that stand behind others, without a space of the tokenizer's."""
+        if not self.adds_space:
+            return self._tokenize(texts, control=False)
+        found = self._tokenize([f"\n{text}" for text in texts], control=False)
+        size = len(self.lead)
+        whole = zip(texts, found)
+        return [i[size:] if i[:size] == self.lead else self.ids_of_text(t) for t, i in whole]
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded]]:
+        """Each conversation as samples, nearly always one; without an answer, as its prompt.
+
+        Raises:
+            UserError: a conversation that the template has no place for; the message has its row.
         """
-        texts = [self.template.replace("{question}", c.question) for c in conversations]
-        prompts = self._tokenize(texts, split_special=not self.special_in_template)
-        answers = self._tokenize([f" {c.answer}" for c in conversations if c.answer is not None])
-        targets = iter(answers)
+        prompts = self.prompts(conversations)
+        answers = [c.answer for c in conversations if c.answer is not None]
+        spaces = ("" if a[:1].isspace() else self.space for a in answers)
+        targets = iter(self.continuing([f"{s}{a}" for s, a in zip(spaces, answers)]))
         encoded = []
         for conversation, prompt in zip(conversations, prompts):
-            # A template that is written with the BOS token has the prefix already.
-            if prompt[: len(self.prefix)] != self.prefix:
-                prompt = self.prefix + prompt
             target: list[int] = []
             if conversation.answer is not None:
                 target = [*next(targets), self.tokenizer.eos_token_id]
             target_mask = [0] * len(prompt) + [1] * len(target)
             target_mask[:1] = [0]  # nothing stands before a first token that could predict it
-            encoded.append((prompt + target, target_mask))
+            encoded.append([Encoded(conversation, prompt + target, target_mask)])
         return encoded
 
-    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """The ids that a model gets to answer each question."""
-        return [ids for ids, _ in self.encode([Conversation.of_pair(0, q) for q in questions])]
+    def prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """The ids that a model gets to say the last trained message of each conversation."""
+        questions = []
+        for row, messages, _ in conversations:
+            if [m.role for m in messages] not in (["user"], ["user", "assistant"]):
+                raise UserError(
+                    f"{numbered([row])}: found {' + '.join(m.role for m in messages)}; this prompt "
+                    "template takes one question and one answer. data.prompt_template: chat takes "
+                    "conversations, if the model's tokenizer has a chat template"
+                )
+            questions.append(messages[0].text)
+        if self.control_token.search(self.template):
+            questions = [self.quoted(question) for question in questions]
+            found = self.ids([self.template.replace("{question}", q) for q in questions])
+        else:
+            filled = [self.template.replace("{question}", q) for q in questions]
+            found = self._tokenize(filled, control=False)
+        # A template that is written with the BOS token has the prefix already.
+        size = len(self.prefix)
+        return [ids if ids[:size] == self.prefix else self.prefix + ids for ids in found]
+
+    def as_chat_template(self) -> str | None:
+        """This template in Jinja, for whoever asks the trained model without us.
+
+        `apply_chat_template` of one question then gives the very ids of `prompts`. None if the
+        tokenizer's own template is the one that is trained with.
+        """
+        before, _, after = self.template.partition("{question}")
+        prefix = "".join(self.tokenizer.convert_ids_to_tokens(self.prefix))
+        before = before if before.startswith(prefix) else prefix + before
+        texts = (before, after, self.space, self.tokenizer.eos_token)
+        start, end, space, eos = map(json.dumps, texts)
+        return (
+            "{%- if messages[0]['role'] != 'user' or messages | length > 2 %}"
+            "{{ raise_exception('This model was trained on one question with one answer.') }}"
+            f"{{%- endif %}}{{{{- {start} + messages[0]['content'] + {end} }}}}"
+            "{%- if messages | length == 2 %}"
+            f"{{{{- {space} + messages[1]['content'] + {eos} }}}}{{%- endif %}}"
+        )
 
     def fingerprint(self) -> str:
+        """SHA-256 over all that the ids of a text depend on."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         parts = [vocabulary, self.template, str(self.prefix), str(self.tokenizer.eos_token_id)]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def cut_question(encoder: Encoder, question: str, room: int) -> str:
-    """The question, shortened from its end until its prompt has at most `room` ids.
+def shorten(encoder: Encoder, conversation: Conversation, room: int) -> Conversation:
+    """The conversation without its oldest turns, as many as it takes, then with a cut question.
 
-    The template's words stay whole; with no room for them either, the result is empty and its
+    A turn is a user's message and what follows it; system messages in front stay, and so does the
+    last turn. room: how many ids the prompt of the last trained message may have.
+    """
+    messages, last = conversation.messages, conversation.answered
+    turns = [i for i, m in enumerate(messages[:last]) if m.role == "user"]
+    begins = turns[0] if turns else 0
+    oldest = [conversation._replace(messages=messages[:begins] + messages[i:]) for i in turns]
+    if len(turns) > 1:
+        sizes = [len(encoder.prompts([shorter])[0]) for shorter in oldest]
+        fitting = (shorter for shorter, size in zip(oldest, sizes) if size <= room)
+        conversation = next(fitting, oldest[-1])
+    if len(encoder.prompts([conversation])[0]) <= room:
+        return conversation
+    return cut_question(encoder, conversation, room)
+
+
+def cut_question(encoder: Encoder, conversation: Conversation, room: int) -> Conversation:
+    """The question, shortened from its end until the prompt has at most `room` ids.
+
+    The template's words stay whole; with no room for them either, the question is empty and the
     prompt longer than `room`. Bisection over characters, then a look further on: a whole word
     often is one token where a part of it is three, so that bisection alone stops within a word
     that fits.
     """
+    question = conversation.question
 
     def fits(*ends: int) -> list[bool]:
-        return [len(ids) <= room for ids in encoder.prompts([question[:end] for end in ends])]
+        shorter = [conversation.asking(question[:end]) for end in ends]
+        return [len(ids) <= room for ids in encoder.prompts(shorter)]
 
     low, high = 0, len(question)
     while low < high:
@@ -278,7 +316,7 @@ def cut_question(encoder: Encoder, question: str, room: int) -> str:
         if not fitting:
             break
         low = fitting[-1]
-    return question[:low]
+    return conversation.asking(question[:low])
 
 
 @dataclass
@@ -286,9 +324,11 @@ class Counts:
     """What truncation did; row numbers count from 1, and only the first few are kept."""
 
     kept: int = 0
+    turns_dropped: int = 0
     question_cut: int = 0
     answer_cut: int = 0
     dropped: int = 0
+    split: int = 0
     rows: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, kind: str, row: int) -> None:
@@ -297,9 +337,17 @@ class Counts:
         if len(rows) < SHOWN_ROWS:
             rows.append(row)
 
+    def add_cuts(self, whole: Conversation, shorter: Conversation) -> None:
+        """Count what `shorten` took away."""
+        if len(shorter.messages) < len(whole.messages):
+            self.add("turns_dropped", whole.row)
+        if shorter.question != whole.question:
+            self.add("question_cut", whole.row)
+
     def describe(self) -> str:
         parts = [f"{self.kept:,} kept"]
-        for kind in ("question_cut", "answer_cut", "dropped"):
+        kinds = ("turns_dropped", "question_cut", "answer_cut", "dropped", "split")
+        for kind in kinds if self.split or self.turns_dropped else kinds[1:4]:
             count, rows = getattr(self, kind), self.rows.get(kind, [])
             where = f" ({numbered(rows)}{' ...' if count > len(rows) else ''})" if count else ""
             parts.append(f"{count:,} {kind.replace('_', ' ')}{where}")
@@ -380,30 +428,39 @@ def prepare_train(
         flat_ids: list[int] = []
         flat_mask: list[int] = []
         sizes: list[tuple[int, int, int]] = []
-        for conversation, (ids, mask) in zip(chunk, encoder.encode(chunk)):
-            targets, question = sum(mask), conversation.question
-            if len(ids) > max_length:
-                if truncate_prompt:
-                    question = cut_question(encoder, question, max_length - targets)
-                    shorter = Conversation.of_pair(0, question, conversation.answer)
-                    ((ids, mask),) = encoder.encode([shorter])
-                ids, mask = ids[:max_length], mask[:max_length]
-            kept = sum(mask)
-            if not kept:
-                counts.add("dropped", conversation.row)
-                continue
-            counts.kept += 1
-            if question != conversation.question:
-                counts.add("question_cut", conversation.row)
-            if kept < targets:
-                counts.add("answer_cut", conversation.row)
-            flat_ids += ids
-            flat_mask += mask
-            sizes.append((len(ids), kept, conversation.row))
+        for parts in encoder.encode(chunk):
+            if len(parts) > 1:
+                counts.add("split", parts[0].conversation.row)
+            for part in parts:
+                ids, mask = _fit(encoder, part, max_length, truncate_prompt, counts)
+                if ids:
+                    flat_ids += ids
+                    flat_mask += mask
+                    sizes.append((len(ids), sum(mask), part.conversation.row))
         all_ids.extend(flat_ids)
         all_masks.extend(flat_mask)
         index.append(np.array(sizes, dtype=np.int32).reshape(-1, 3))
     return Samples.of(all_ids.finish(), all_masks.finish(), np.concatenate(index), counts)
+
+
+def _fit(
+    encoder: Encoder, whole: Encoded, max_length: int, truncate_prompt: bool, counts: Counts
+) -> tuple[list[int], list[int]]:
+    """At most `max_length` ids and their mask, none without a target; `counts` what it cost."""
+    shorter, ids, mask = whole
+    if len(ids) > max_length and truncate_prompt:
+        # As many as the prompt may have beside the last answer.
+        room = max_length - mask[::-1].index(0)
+        shorter, ids, mask = encoder.encode([shorten(encoder, shorter, room)])[0][-1]
+    targets, ids, mask = sum(mask), ids[:max_length], mask[:max_length]
+    if not any(mask):
+        counts.add("dropped", shorter.row)
+        return [], []
+    counts.kept += 1
+    counts.add_cuts(whole.conversation, shorter)
+    if sum(mask) < targets:
+        counts.add("answer_cut", shorter.row)
+    return ids, mask
 
 
 class _FlatArray:
@@ -625,12 +682,22 @@ def collate(
 
 @dataclass
 class Prompt:
-    """What a model is to answer, and the reference that its answer is compared with."""
+    """What a model is to answer; the conversation's last trained message is the reference."""
 
-    row: int
-    question: str
-    reference: str
+    conversation: Conversation
     input_ids: list[int]
+
+    @property
+    def row(self) -> int:
+        return self.conversation.row
+
+    @property
+    def question(self) -> str:
+        return self.conversation.question
+
+    @property
+    def reference(self) -> str:
+        return self.conversation.answer or ""
 
 
 def prepare_inference(
@@ -639,21 +706,21 @@ def prepare_inference(
     max_prompt_length: int,
     truncate_prompt: bool = True,
 ) -> tuple[list[Prompt], Counts]:
-    """Encode the questions of conversations exactly as `prepare_train` does.
+    """Encode what stands before the last answers exactly as `prepare_train` does.
 
-    With `truncate_prompt`, a question is shortened from its end until its prompt has at most
-    `max_prompt_length` ids; otherwise it is left whole.
+    With `truncate_prompt`, a prompt that is too long loses its oldest turns, then the end of its
+    question, until it has at most `max_prompt_length` ids; otherwise it is left whole.
     """
     prompts: list[Prompt] = []
     counts = Counts()
     for chunk in _chunks(conversations, CHUNK):
-        for conversation, ids in zip(chunk, encoder.prompts([c.question for c in chunk])):
-            row, question, reference = conversation.row, conversation.question, conversation.answer
+        for conversation, ids in zip(chunk, encoder.prompts(chunk)):
             if truncate_prompt and len(ids) > max_prompt_length:
-                ids = encoder.prompts([cut_question(encoder, question, max_prompt_length)])[0]
-                counts.add("question_cut", row)
+                shorter = shorten(encoder, conversation, max_prompt_length)
+                ids = encoder.prompts([shorter])[0]
+                counts.add_cuts(conversation, shorter)
             counts.kept += 1
-            prompts.append(Prompt(row, question, reference or "", ids))
+            prompts.append(Prompt(conversation, ids))
     return prompts, counts
 
 
@@ -663,9 +730,9 @@ def validation_prompts(
     """The questions of the first `count` samples, with the very ids that training sees."""
     wanted = {int(samples.rows[i]): i for i in range(min(count, len(samples)))}
     return [
-        Prompt(c.row, c.question, c.answer or "", samples.prompt(wanted[c.row]))
-        for c in source.conversations(split)
-        if c.row in wanted
+        Prompt(conversation, samples.prompt(wanted[conversation.row]))
+        for conversation in source.conversations(split)
+        if conversation.row in wanted
     ]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -19,16 +17,13 @@ import torch
 
 import checkpoint
 from config import (
-    DEFAULT_TEMPLATE,
     TestConfig,
     TrainConfig,
     UserError,
     resolved,
 )
 from data import (
-    Conversation,
     Counts,
-    DataSource,
     Encoder,
     Prompt,
     Samples,
@@ -41,15 +36,15 @@ from data import (
 )
 from device import Device, open_device
 from extras import metrics, report
+from extras.answer_log import AnswerLog
 from extras.console import Console, duration
+from extras.formats import DataSource
 from extras.generation import Answer, Batching, Decoding, check_token_ids, generate
+from extras.model_checks import check_ids, check_length, context_length
 from extras.wandb_log import WandbWriter
 from model import (
     AnswerModel,
     Opened,
-    check_ids,
-    check_length,
-    context_length,
     evaluating,
     open_model,
     parameters_in,
@@ -235,22 +230,20 @@ def test_model(
     Raises:
         UserError: anything that is wrong with model, data or an existing log.
     """
-    source = DataSource.configured(config.data)
-    conversations = list(source.conversations(config.data.split, empty_answers=True))
     place = checkpoint.find_model(path or config.model_name, console.warn)
+    system = checkpoint.details(Path(place)).get("system")
+    source = DataSource.configured(config.data, system)
+    conversations = list(source.conversations(config.data.split, empty_answers=True))
     fresh = config.test_params.from_scratch
     opened = open_model(place, warn=console.warn, from_scratch=fresh, seed=config.seed)
-    template = opened.template or config.data.prompt_template or DEFAULT_TEMPLATE
-    if config.data.prompt_template not in (None, template):
+    wanted = config.data.prompt_template
+    if wanted is not None and opened.template not in (None, wanted):
         raise UserError(
-            f"data.prompt_template: found {config.data.prompt_template!r}, but {place} was "
-            f"trained with {template!r}; remove the key or write that template"
+            f"data.prompt_template: found {wanted!r}, but {place} was trained with "
+            f"{opened.template!r}; remove the key or write that template"
         )
-    model, remarks, encoder = (
-        opened.model.eval(),
-        opened.remarks,
-        Encoder(opened.tokenizer, template),
-    )
+    encoder = opened.encoder(wanted, source.chat)
+    model, remarks = opened.model.eval(), opened.remarks
     prompts, counts = prepare_inference(
         conversations, encoder, config.data.max_prompt_length, config.data.truncate_prompt
     )
@@ -262,6 +255,7 @@ def test_model(
     )
     references = reference_samples(encoder, prompts, context_length(model.model))
     largest = int(references.input_ids.max(initial=0))
+    remarks += source.remarks()
     remarks += check_ids(model.model, opened.tokenizer, largest, config.data.data_dir)
     device.move_model(model)
     check_token_ids(config.generate_params, model, "generate_params")
@@ -273,7 +267,7 @@ def test_model(
     row("data", f"{config.data.data_dir} [{config.data.split}]: {counts.describe()}")
     new = config.generate_params.max_new_tokens
     row("", f"longest prompt {longest} tokens, at most {new} new ones")
-    log = AnswerLog(log_file, identity(config, opened, source, template))
+    log = AnswerLog(log_file, identity(config, opened, source, encoder.template))
     ranks = device.ranks
     records = ranks.on_rank_zero(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
@@ -352,14 +346,14 @@ def answer_window(
 
 
 def reference_samples(encoder: Encoder, prompts: Sequence[Prompt], context: int | None) -> Samples:
-    """The prompts with their reference answers and EOS; one that does not fit loses its tail."""
-    pairs = [Conversation.of_pair(p.row, p.question, p.reference) for p in prompts]
+    """The prompts with their reference answers; one that does not fit loses its tail."""
     flat_ids: list[int] = []
     flat_mask: list[int] = []
     index = []
-    for prompt, (ids, mask) in zip(prompts, encoder.encode(pairs)):
+    for prompt, parts in zip(prompts, encoder.encode([prompt.conversation for prompt in prompts])):
         # The question may have been cut; what is answered is the prompt as it was given.
-        target = ids[len(ids) - mask.count(1) :]
+        whole = parts[-1]
+        target = whole.input_ids[len(whole.input_ids) - whole.target_mask[::-1].index(0) :]
         ids = [*prompt.input_ids, *target][:context]
         mask = ([0] * len(prompt.input_ids) + [1] * len(target))[: len(ids)]
         flat_ids += ids
@@ -420,76 +414,3 @@ def identity(
 
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-@dataclass
-class AnswerLog:
-    """The log file, and beside it the settings that its answers belong to."""
-
-    path: Path
-    identity: dict[str, Any]
-
-    def beside(self, suffix: str) -> Path:
-        return self.path.with_name(self.path.stem + suffix)
-
-    def open(self, total: int, window: int) -> list[dict[str, Any]]:
-        """Create the log, or read the whole windows that an earlier run of the same test wrote.
-
-        Raises:
-            UserError: the log belongs to another test, or cannot be written.
-        """
-        settings = self.beside(".settings.json")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                settings.write_text(json.dumps(self.identity, indent=1))
-                self.path.touch()
-                return []
-            before = json.loads(settings.read_text()) if settings.exists() else {}
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"test_params.log_file: {self.path}: cannot be used: {error}") from None
-        different = [
-            f"  {name}: there {before.get(name)!r}, now {value!r}"
-            for name, value in self.identity.items()
-            if before.get(name) != value
-        ]
-        if different:
-            raise UserError(
-                f"test_params.log_file: {self.path} holds answers of another test:\n"
-                + "\n".join(different)
-                + "\n  name another log_file, or move that one away"
-            )
-        records: list[dict[str, Any]] = []
-        for line in lines:
-            try:
-                record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                break  # half-written when the run was killed: from here on it is done again
-            records.append(record)
-        if len(records) < total:
-            records = records[: len(records) // window * window]
-        with self.path.open("r+b") as handle:
-            handle.truncate(sum(map(len, lines[: len(records)])))
-        return records
-
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """Write records and wait until they are on the disk."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        try:
-            with self.path.open("ab") as handle:
-                handle.write(text.encode())
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; make room, then the same "
-                "command goes on from the answers that are kept"
-            ) from None
-
-    def write_summary(self, summary: dict[str, Any], samples: int) -> None:
-        content = {"samples": samples, "scores": summary, "settings": self.identity}
-        text = json.dumps(content, indent=1)
-        checkpoint.write_file(self.beside(".summary.json"), text.encode())

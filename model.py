@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,8 +32,8 @@ from transformers import (
 import checkpoint
 import freeze
 import lora
-from config import ModelParams, UserError, first_line
-from data import IGNORE, Batch
+from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
+from data import IGNORE, Batch, Encoder
 from extras import adapters, probe
 from extras.speed import (
     ChunkedLoss,
@@ -78,8 +77,8 @@ class Opened:
     """A model that is ready to be trained, tested or asked, and what belongs to it.
 
     place: the directory or hub id that it comes from. base: what an adapter there is one of, else
-    the same. adapter: see `lora.read_config`; None for a whole model. files: its tokenizer's, by
-    their names. template: the one that it was trained with, if it is ours. remarks: for the user.
+    the same. adapter: adapter_config.json; None for a whole model. files: its tokenizer's, by
+    their names. details: what its sft.json says, if it is ours. remarks: for the user.
     """
 
     place: Path | str
@@ -88,7 +87,7 @@ class Opened:
     model: AnswerModel
     tokenizer: Any
     files: dict[str, bytes]
-    template: str | None
+    details: dict[str, Any]
     remarks: list[str]
 
     @functools.cached_property
@@ -96,6 +95,32 @@ class Opened:
         """SHA-256 over the base's weights."""
         config = _file_of(str(self.base), "config.json")
         return adapters.fingerprint(config.parent if config else Path(self.base))
+
+    @property
+    def template(self) -> str | None:
+        """The prompt template that it was trained with, if it is ours."""
+        return self.details.get("prompt_template")
+
+    def encoder(self, template: str | None, conversations: bool) -> Encoder:
+        """The encoder for a template, or for the one that the model was trained with.
+
+        Without either it is `chat` for data that are conversations, else the seed's. What ends an
+        answer in it is from now on what the model's answers end with.
+        """
+        template = template or self.template
+        if template == CHAT or (template is None and conversations):
+            from extras.chat_template import ChatEncoder
+
+            encoder: Encoder = ChatEncoder(self.tokenizer)
+        else:
+            encoder = Encoder(self.tokenizer, template or DEFAULT_TEMPLATE)
+        if template is None and not conversations and self.tokenizer.chat_template:
+            self.remarks.append(
+                "the tokenizer's chat template is not used for questions with one answer; "
+                "data.prompt_template: chat would use it"
+            )
+        self.model.end_ids = list(dict.fromkeys([*encoder.end_ids, *self.model.end_ids]))
+        return encoder
 
 
 def open_model(
@@ -128,11 +153,9 @@ def open_model(
     loaded, remarks = load_model(str(base), from_scratch=from_scratch, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
-    model = AnswerModel(loaded)
-    model.end_ids = list(dict.fromkeys([tokenizer.eos_token_id, *model.end_ids]))
-    template = checkpoint.details(directory).get("prompt_template")
-    files = _tokenizer_files(name, tokenizer)
-    opened = Opened(place, base, adapter, model, tokenizer, files, template, remarks)
+    model, files = AnswerModel(loaded), _tokenizer_files(name, tokenizer)
+    details = checkpoint.details(directory)
+    opened = Opened(place, base, adapter, model, tokenizer, files, details, remarks)
     if adapter:
         lora.load(loaded, directory, adapter)
         remarks.append(adapters.describe(opened))
@@ -211,7 +234,7 @@ def load_model(
         options["attn_implementation"] = "eager"
     if dtype == torch.float64:  # the fast product of experts has none
         options["experts_implementation"] = "eager"
-    from extras.weights import check_loaded
+    from extras.model_checks import check_loaded
 
     try:
         if from_scratch and not has_weights:
@@ -242,7 +265,7 @@ def load_model(
 
 def _refuse_pointers(directory: Path, *patterns: str) -> None:
     """Raise a UserError for a file that `git lfs` has not fetched yet."""
-    from extras.weights import refuse_lfs_pointer
+    from extras.model_checks import refuse_lfs_pointer
 
     if directory.is_dir():
         for pattern in patterns:
@@ -275,70 +298,6 @@ def _place(name: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """How many positions the model knows; None for a model without a limit."""
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit is None or limit < 1:  # XLNet writes -1
-        return None
-    # Beyond its window Doge chooses keys among equals by what stands behind the text.
-    limit = min(limit, getattr(text, "keep_window_size", limit))
-    # RoBERTa and its kin count positions from the row behind that of padding.
-    for module in model.modules():
-        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
-        if padded and module is not model.get_input_embeddings() and module.num_embeddings == limit:
-            return limit - module.padding_idx - 1
-    return limit
-
-
-def check_length(model: PreTrainedModel, length: int, key: str) -> None:
-    """Raise a UserError if sequences of `length` tokens are beyond the model's positions."""
-    context = context_length(model)
-    if context is not None and length > context:
-        raise UserError(f"{key}: found {length}; allowed: at most {context}, the model's context")
-
-
-def check_ids(model: PreTrainedModel, tokenizer: Any, largest: int, where: str) -> list[str]:
-    """Raise a UserError for a token id that the model has no embedding for.
-
-    Args:
-        largest: the largest id that data and template really give.
-
-    Returns:
-        A remark if the tokenizer has such ids, but no text here gives one.
-    """
-    rows = model.get_input_embeddings().num_embeddings
-    name = tokenizer.name_or_path
-    if largest >= rows:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"{where}: token {token!r} has the id {largest}, and the model has embeddings for "
-            f"{rows} ids; the tokenizer of {name} and the model do not belong together"
-        )
-    if len(tokenizer) > rows:
-        return [
-            f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}; no "
-            "text here gives one of the others"
-        ]
-    return []
-
-
-def refuse_router_loss(name: str, config: Any) -> None:
-    """Raise a UserError if the configuration asks for a loss beside that of the answers.
-
-    transformers adds the experts' load-balancing loss as a product of means over all tokens of a
-    batch, padding and prompts included. No sum over micro-batches gives it, so with it a step's
-    gradient would depend on how the step is split.
-    """
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
-            "a load-balancing loss of the experts; it is not added here, because it depends on how "
-            "a step is split into batches. Set it to false, in a copy of the model, to train on "
-            "the answers alone"
-        )
 
 
 def architecture(name: str) -> str:
@@ -404,7 +363,7 @@ class AnswerModel(nn.Module):
             different lengths stand in one plain cache. "groups" or "single": by transformers' own
             `generate`, several rows of equal length at a time or one. "none": not at all, since
             `generate` gives other tokens than the model itself, or there is no cache.
-        end_ids: what ends an answer, as tokenizer and generation_config.json say.
+        end_ids: what ends an answer, as the template and generation_config.json say.
         makes_masks: a whole mask of ours stands for the model's own, see XlaDevice.
         tolerance: how near outputs must be in a trial, relative to the largest; 0: none can tell.
 
@@ -639,17 +598,20 @@ def state_to_save(opened: Opened) -> dict[str, Tensor]:
     return dict(lora.saved(model)) if opened.adapter else model.state_dict(keep_vars=True)
 
 
-def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathLike[str]) -> None:
+def export(
+    opened: Opened, weights: dict[str, Tensor], directory: Path, chat_template: str | None = None
+) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
     Of a model with an adapter, that of the model is PEFT's: the adapter, and not the model.
 
     Args:
         weights: what `state_to_save` names, as whole tensors.
+        chat_template: instead of the tokenizer's own; see `Encoder.as_chat_template`.
     """
     model = opened.model.model
     if opened.adapter:
-        lora.save(model, weights, opened.adapter, Path(directory))
+        lora.save(model, weights, opened.adapter, directory)
     # transformers refuses to write generation settings that many published models have, so these
     # are written apart. What the answers were trained to end with comes first.
     own, model.generation_config = model.generation_config, GenerationConfig()
@@ -660,11 +622,21 @@ def export(opened: Opened, weights: dict[str, Tensor], directory: str | os.PathL
         model.generation_config = own
     generation, ends = copy.deepcopy(own), opened.model.end_ids
     generation.eos_token_id = ends if len(ends) > 1 else ends[0]
-    generation.to_json_file(Path(directory) / "generation_config.json", use_diff=True)
+    generation.to_json_file(directory / "generation_config.json", use_diff=True)
     for name, content in opened.files.items():
-        (Path(directory) / name).write_bytes(content)
+        (directory / name).write_bytes(content)
     if not opened.files:  # one that needs none, such as a tokenizer of bytes
         opened.tokenizer.save_pretrained(directory)
+    if chat_template is None:
+        return
+    # Where the tokenizer keeps its own; without one, where every version and tool looks for it.
+    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    content = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    if file.exists():
+        file.write_text(chat_template, "utf-8")
+    if not file.exists() or "chat_template" in content:
+        content["chat_template"] = chat_template
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
 
 
 def _quiet_libraries() -> None:

@@ -7,8 +7,8 @@
     python sft.py ask   runs/facts "What is the capital of France?"
     python sft.py plot  runs/facts runs/other
 
-Any key of the file can be given as key.path=value behind it. First the command line, then training:
-`set_up` puts a run's parts together, `loop` is every step of it.
+Any key of the file can be given as key.path=value behind it. `set_up` puts a run's parts together,
+`loop` is every step of it; the words of the command line stand in extras/command_line.py.
 """
 
 from __future__ import annotations
@@ -25,109 +25,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from config import TestConfig, TrainConfig, UserError, load, resolved, to_yaml
-
-INTERRUPTED = 128  # exit codes of a run that a signal ended: 128 + the signal's number
-SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The commands and their words, all in one place."""
-    parser = argparse.ArgumentParser(
-        prog="sft.py", description="Supervised fine-tuning of causal language models."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text)
-
-    train = command("train", "train a model as a YAML file says, e.g. configs/trainer.yaml")
-    test = command("test", "answer a split's questions and score them, e.g. configs/test.yaml")
-    check = command("check", "show what `train` would do with a YAML file, without training")
-    ask = command("ask", "ask a model; several times at a prompt, or once")
-    plot = command("plot", "draw the curves of a run, or of several over each other")
-    for one in (train, test, check):
-        # `test --compare` needs no configuration.
-        one.add_argument("config", help="the YAML file", nargs="?" if one is test else None)
-        one.add_argument(
-            "overrides",
-            nargs="*",
-            default=[],
-            metavar="key.path=value",
-            help="replaces a key of the file",
-        )
-    for one in (train, test):
-        one.add_argument("--quiet", action="store_true", help="print warnings and errors only")
-    test.add_argument("--compare", nargs="+", metavar="LOG", help="compare finished logs instead")
-    ask.add_argument("model", help="a run's directory, a checkpoint or a hub id")
-    ask.add_argument("question", nargs="?", help="without one, questions are read line by line")
-    plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
-    plot.add_argument("--output", help="the PNG; default: curves.png in the run, or here")
-
-    arguments, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides behind an option, which argparse leaves over
-        arguments.overrides = [*arguments.overrides, *rest]
-    return arguments
-
-
-def configuration(arguments: argparse.Namespace) -> TrainConfig | TestConfig | None:
-    """The checked configuration of a command that has one.
-
-    Raises:
-        UserError: what is wrong with it.
-    """
-    if arguments.command not in ("train", "test", "check") or (
-        arguments.command == "test" and arguments.compare
-    ):
-        return None
-    if arguments.config is None:
-        raise UserError("test: name a YAML file, or finished logs behind --compare")
-    if arguments.command == "test":
-        return load(TestConfig, arguments.config, arguments.overrides)
-    return load(TrainConfig, arguments.config, arguments.overrides)
-
-
-def complain(message: str) -> None:
-    """Print an error; several ranks that find the same say it whole only once."""
-    rank = os.environ.get("RANK", "0")
-    if not message:
-        return
-    message = (
-        f"error: {message}" if rank == "0" else f"rank {rank}: error: {message.splitlines()[0]}"
-    )
-    print(message, file=sys.stderr)
-
-
-class Stop:
-    """Remembers that SIGINT or SIGTERM asked to stop; a second Ctrl-C ends the process at once.
-
-    after: what is finished before, for the message.
-    """
-
-    def __init__(self, after: str = "this step") -> None:
-        self.after = after
-        self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGTERM:
-            return  # batch systems repeat it; whoever is in a hurry has SIGINT and SIGKILL
-        if self.signal is not None:
-            os._exit(INTERRUPTED + number)
-        self.signal = number
-        name = signal.Signals(number).name
-        message = f"\n{name}: stopping after {self.after}; Ctrl-C once more stops at once\n"
-        os.write(sys.stderr.fileno(), message.encode())
-
-    def requested(self) -> bool:
-        return self.signal is not None
-
+from config import TestConfig, TrainConfig, UserError, resolved, to_yaml
+from extras.command_line import INTERRUPTED, Stop, complain, configuration, parse
 
 if __name__ == "__main__":  # --help and a wrong file answer before the seconds that torch takes
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it is loaded: the end, no traceback
@@ -148,7 +49,6 @@ import lora
 from checkpoint import State, Step, find_model
 from data import (
     Batch,
-    DataSource,
     Encoder,
     Samples,
     Splits,
@@ -162,22 +62,23 @@ from device import Device, explain, open_device, whole_tensor
 from evaluate import Validation, summed_loss
 from extras.adapters import check_continued, describe
 from extras.console import Recorder, SilentRecorder
+from extras.formats import DataSource
+from extras.model_checks import check_ids, check_length, refuse_router_loss
 from extras.probe import check_trainable
 from model import (
     AnswerModel,
     Opened,
     architecture,
-    check_ids,
-    check_length,
     checkpoint_activations,
     export,
     learning_rate,
     make_optimizer,
     open_model,
-    refuse_router_loss,
     state_to_save,
     warmup_steps,
 )
+
+SAMPLES_PER_STEP = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
 
 # ----------------------------------------------------------------------------------- training
 
@@ -327,6 +228,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         seed=config.seed,
     )
     model, causal_lm = opened.model, opened.model.model
+    encoder = opened.encoder(config.data.prompt_template, source.chat)
     remarks += opened.remarks
     if resumed_from:
         remarks.append(f"weights from {resumed_from}")
@@ -344,10 +246,10 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
 
-    encoder = Encoder(opened.tokenizer, config.data.prompt_template)
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
     largest = max(int(s.input_ids.max(initial=0)) for s in (splits.whole, splits.val))
+    remarks += source.remarks()
     remarks += check_ids(causal_lm, opened.tokenizer, largest, config.data.data_dir)
     plan = Plan.of(config, device, len(splits.train))
     validation = Validation.of(config, splits, source, model, plan.batch_size, plan.static_shape)
@@ -566,7 +468,8 @@ def save(run: Run, state: State, recorder: SilentRecorder) -> None:
 def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | None = None) -> Path:
     """Write the model into the run's directory, with `contents` as its trainer state if given."""
     about = {
-        "prompt_template": run.config.data.prompt_template,
+        "prompt_template": run.encoder.template,
+        "system": run.config.data.system,
         "model_name": run.config.model_name,
         "global_step": state.global_step,
         f"best_{run.config.trainer.checkpoint.log_obj}": state.best_value,
@@ -576,7 +479,7 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
     weights = checkpoint.whole_state(state_to_save(run.opened))
 
     def write(directory: Path) -> None:
-        export(run.opened, weights, directory)
+        export(run.opened, weights, directory, run.encoder.as_chat_template())
         (directory / checkpoint.DETAILS).write_text(json.dumps(about, indent=1))
         (directory / checkpoint.CONFIG).write_text(to_yaml(run.config), encoding="utf-8")
         if contents is not None:
@@ -609,7 +512,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     if arguments.command == "ask":
         from extras.ask import ask
 
-        return ask(arguments.model, arguments.question)
+        options = (arguments.system, arguments.max_new_tokens, arguments.temperature)
+        return ask(arguments.model, arguments.question, *options)
     if arguments.command == "plot":
         from extras.plot import plot
 

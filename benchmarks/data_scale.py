@@ -42,7 +42,8 @@ def make(path: Path, pairs: int) -> None:
 def prepare(directory: str) -> None:
     """One start: what a run does with its training data before it trains."""
     sys.path.insert(0, str(ROOT))
-    from data import DataSource, Encoder
+    from data import Encoder
+    from extras.formats import DataSource
     from extras.token_cache import cached_samples
     from model import load_tokenizer
 

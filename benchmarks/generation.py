@@ -34,8 +34,9 @@ def answer(way: str, job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from config import GenerateParams
-    from data import DataSource, Encoder, pad_prompts, prepare_inference
+    from data import Encoder, pad_prompts, prepare_inference
     from device import Device
+    from extras.formats import DataSource
     from extras.generation import Batching, Decoding, generate
     from model import load_tokenizer, open_model
 

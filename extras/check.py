@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import torch
 import checkpoint
 from checkpoint import State
 from config import LARGEST, TrainConfig, UserError
-from data import Samples, by_length, micro_batches
+from data import Conversation, Samples, by_length, micro_batches
 from device import open_device, whole_tensor
 from extras.console import Console, announce, duration, show_sample, visible
 from extras.token_cache import cached_samples
@@ -62,10 +63,13 @@ def check(
     sanity_check(run, console.say, lambda: False)
     say, row = console.say, console.row
     whole = kept = run.splits.whole
-    if kept.counts.question_cut or kept.counts.answer_cut or kept.counts.dropped:
+    if kept.counts.rows.keys() - {"split"}:  # something was cut or dropped
         limits = (LARGEST, data.truncate_prompt)
         whole, _ = cached_samples(run.source, "train", run.encoder, *limits)
     say("\n" + "\n".join(length_table(whole)))
+    if run.source.chat:
+        for label, text in zip(["turns", ""], role_summary(run.source.conversations("train"))):
+            row(label, text)
     row("cut", cut_summary(whole, data.max_length))
     for text in cut_examples(run, whole, kept):
         row("", text)
@@ -98,6 +102,23 @@ def length_table(samples: Samples) -> Iterator[str]:
     for start, count in zip(edges, found):
         name = f"{start:,}" if width == 1 else f"{start:,} to {start + width - 1:,}"
         yield f"{name:>18}  {'#' * math.ceil(BAR * count / found.max()):<{BAR}} {count:,}"
+
+
+def role_summary(conversations: Iterable[Conversation]) -> Iterator[str]:
+    """How many turns conversations have, and who says how much in them."""
+    turns, roles = Counter[int](), Counter[str]()
+    for conversation in conversations:
+        turns[sum(message.role == "user" for message in conversation.messages)] += 1
+        roles.update(message.role for message in conversation.messages)
+        roles["trained"] += sum(message.trained for message in conversation.messages)
+    count, asked = turns.total(), sum(n * times for n, times in turns.items())
+    yield (
+        f"{count:,} conversations of {asked / count:.1f} turns on average, {min(turns)} to "
+        f"{max(turns)}"
+    )
+    trained = roles.pop("trained")
+    said = ", ".join(f"{times:,} {role}" for role, times in sorted(roles.items()))
+    yield f"messages: {said}; {trained:,} of the assistant's are trained on"
 
 
 def cut_summary(whole: Samples, max_length: int) -> str:

@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import checkpoint
 from config import TestConfig, UserError, load, resolved, to_yaml
 
@@ -75,10 +77,11 @@ class Console:
             text = f"\n{'':{LABEL}}".join(lines)
         self.say(f"{label:<{LABEL}}{text}")
 
-    def sample(self, prompt: str, target: str) -> None:
+    def sample(self, parts: list[tuple[str, bool]]) -> None:
         """A sample on one line, with what is trained on in colour, or in [[ ]] off a terminal."""
         before, after = ("\033[1;32m", "\033[0m") if self.colour else ("[[", "]]")
-        self.say(f"{'sample':<{LABEL}}{visible(prompt)}{before}{visible(target)}{after}")
+        shown = [f"{before}{visible(t)}{after}" if trained else visible(t) for t, trained in parts]
+        self.say(f"{'sample':<{LABEL}}{''.join(shown)}")
 
     def say(self, text: str = "") -> None:
         if self.quiet:
@@ -405,13 +408,15 @@ def announce(run: Run, state: State, console: Console) -> None:
 
 
 def show_sample(run: Run, console: Console, i: int, longest: int | None = None) -> None:
-    """Print training sample i; of a text of more than `longest` characters its two ends."""
+    """Print training sample i; of a part of more than `longest` characters its two ends."""
     ids, mask = run.splits.train.sample(i)
-    texts = [run.opened.tokenizer.decode(ids[mask == part]) for part in (0, 1)]
-    if longest:
-        half = longest // 2
-        texts = [t if len(t) <= longest else f"{t[:half]} ... {t[-half:]}" for t in texts]
-    console.sample(*texts)
+    parts = []
+    for part in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1):
+        text = run.opened.tokenizer.decode(ids[part])
+        if longest and len(text) > longest:
+            text = f"{text[: longest // 2]} ... {text[-longest // 2 :]}"
+        parts.append((text, bool(mask[part[0]])))
+    console.sample(parts)
 
 
 def _origin(run: Run) -> dict[str, Any]:

@@ -14,8 +14,8 @@ All scores but answer length and perplexity lie in [0, 1], and higher is better:
     exact_match   both texts are equal after SQuAD normalisation
     token_f1      harmonic mean of precision and recall over the words of the normalised texts
     rouge1/2/L    ROUGE F-measure of the rouge-score package, with Porter stemming
-    bleu          BLEU-4: of a corpus in `corpus_bleu` and `summarize`, of one sentence in
-                  `score_sample`, where it serves only to look at single answers
+    bleu          BLEU-4: of a corpus in `summarize`, of one sentence in `score_sample`, where it
+                  serves only to look at single answers
     answer_length generated tokens, mean
     ended_by_eos  share of the answers that the model ended by itself
     perplexity    of the reference answers: exp(sum of -log p / number of tokens)
@@ -124,31 +124,6 @@ def bleu_words(text: str) -> list[str]:
     return text.split()
 
 
-def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU-4 of a corpus with one reference each (Papineni et al. 2002), in [0, 1].
-
-    Geometric mean of the four n-gram precisions, clipped counts summed over the corpus, times the
-    brevity penalty. Words: `bleu_words`. Counting: nltk. Smoothing: NIST's, which is `method3` of
-    nltk and `exp` of sacrebleu: the k-th order without any match has the numerator 1 / 2^k.
-
-    This is sacrebleu's default, divided by 100. `nltk.translate.bleu_score.corpus_bleu` with
-    `method3` gives the same as long as every prediction has four words; for a shorter one it adds
-    a 3- or 4-gram to the totals that does not exist, and we do not.
-
-    0.0 if no word matches (empty predictions), and as in sacrebleu if no prediction has four words:
-    BLEU-4 says nothing about such answers, use F1 or ROUGE.
-
-    Raises:
-        ValueError: no predictions, or not one reference for each.
-    """
-    if len(predictions) != len(references) or not predictions:
-        raise ValueError(
-            f"BLEU needs a reference for each prediction: {len(predictions)} predictions, "
-            f"{len(references)} references"
-        )
-    return float(_bleu(_bleu_counts(predictions, references).sum(axis=0)))
-
-
 def _bleu_counts(predictions: Iterable[str], references: Iterable[str]) -> Array:
     """[N, 10]: what BLEU sums over a corpus, for each answer.
 
@@ -168,7 +143,19 @@ def _bleu_counts(predictions: Iterable[str], references: Iterable[str]) -> Array
 
 
 def _bleu(totals: Array) -> Array:
-    """[..., 10] sums of `_bleu_counts` -> [...] BLEU."""
+    """[..., 10] sums of `_bleu_counts` -> [...] BLEU-4 of a corpus (Papineni et al. 2002).
+
+    Geometric mean of the four n-gram precisions, clipped counts summed over the corpus, times the
+    brevity penalty. Words: `bleu_words`. Counting: nltk. Smoothing: NIST's, which is `method3` of
+    nltk and `exp` of sacrebleu: the k-th order without any match has the numerator 1 / 2^k.
+
+    This is sacrebleu's default, divided by 100. `nltk.translate.bleu_score.corpus_bleu` with
+    `method3` gives the same as long as every prediction has four words; for a shorter one it adds
+    a 3- or 4-gram to the totals that does not exist, and we do not.
+
+    0.0 if no word matches (empty predictions), and as in sacrebleu if no prediction has four words:
+    BLEU-4 says nothing about such answers, use F1 or ROUGE.
+    """
     matches, possible = totals[..., 0:4], totals[..., 4:8]
     predicted, expected = totals[..., 8], totals[..., 9]
     missing = matches == 0
@@ -190,7 +177,7 @@ def score_sample(prediction: str, reference: str) -> dict[str, float]:
     takes the whole text as one sentence. Its words are runs of the ASCII letters and digits:
     other scripts score 0, and so does an empty text, against another empty one too.
 
-    bleu is the sentence's BLEU with nltk, words and smoothing as in `corpus_bleu`. A prediction of
+    bleu is the sentence's BLEU with nltk, words and smoothing as in `_bleu`. A prediction of
     n < 4 words is scored on orders up to n (sacrebleu calls it effective order), so that a short
     perfect answer has 1.0. An empty one has 0.0. It is not a part of the corpus's BLEU.
     """

@@ -17,13 +17,12 @@ from data import (
     INPUT_IDS,
     TARGET_MASK,
     Counts,
-    DataSource,
     Encoder,
     Samples,
     map_array,
-    overlap,
     prepare_train,
 )
+from extras.formats import DataSource, overlap
 
 INDEX = "index.npy"
 

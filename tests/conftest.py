@@ -31,7 +31,7 @@ from transformers import (
 import checkpoint
 import sft
 from config import TrainConfig, from_dict
-from data import IGNORE, Conversation, Samples
+from data import IGNORE, Conversation, Encoder, Samples, prepare_train
 from device import open_device
 from extras.plot import Curves
 
@@ -150,6 +150,22 @@ def conversations(count: int) -> list[Conversation]:
     return [Conversation.of_pair(i, *row.values()) for i, row in enumerate(rows(count), 1)]
 
 
+def asking(*questions: str) -> list[Conversation]:
+    """Questions without their answers."""
+    return [Conversation.of_pair(i, question) for i, question in enumerate(questions, start=1)]
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: Any) -> Encoder:
+    return Encoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def samples(encoder: Encoder) -> Samples:
+    """8 of them, whole."""
+    return prepare_train(conversations(8), encoder, 64)
+
+
 @pytest.fixture
 def data_file(tmp_path: Path) -> Path:
     """22 samples to train on: with batches of 4, an epoch has 6 steps, the last one of 2."""
@@ -162,18 +178,8 @@ def uneven(tmp_path: Path) -> Path:
     return write_data(tmp_path / "uneven.json", train=rows(21), val=rows(7, 40), test=rows(7, 60))
 
 
-def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> dict[str, Any]:
-    """A complete small configuration; `changes` are key.path=value with `__` for the dots."""
-    config: dict[str, Any] = {
-        "data": {"data_dir": str(data), "batch_size": 4, "max_length": 64},
-        "model_name": str(model),
-        "model_params": {"learning_rate": 1e-2, "warmup_steps_per_cent": 0.1},
-        "seed": 1,
-        "trainer": {
-            "checkpoint": {"dirpath": str(run), "every_n_train_steps": 100},
-            "params": {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1},
-        },
-    }
+def with_changes(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`config` itself, with the keys that `changes` names, `__` for the dots."""
     for path, value in changes.items():
         node = config
         *parents, leaf = path.split("__")
@@ -184,7 +190,7 @@ def train_config(model: Path | str, data: Path, run: Path, **changes: Any) -> di
 
 
 class Runner:
-    """Starts trainings in this process; the fixture `run` is one.
+    """Starts trainings and tests in this process; the fixture `run` is one.
 
         directory = run()  # a tiny GPT-Neo is trained on data_file, and ends with exit code 0
         run(model="llama", trainer__params__max_epochs=1)  # other keys, `__` for the dots
@@ -193,18 +199,22 @@ class Runner:
         run.resume(directory)  # goes on with its last checkpoint
         run.file(name="b")  # nothing is trained; the path of a YAML file for another process
         run.config(name="b")  # its contents
+        log = run.test(model=directory)  # the command `test`, with words and keys in the same way
+        run.test_file(name="b")  # nothing is tested
 
-    A run without a name has a directory of its own, whatever ran before: `run`, `run-2`, `run-3`.
+    A training without a name has a directory of its own, whatever ran before: `run`, `run-2`,
+    `run-3`. A test without a name writes to log.jsonl, so that a second one goes on with it.
     What is printed goes to capsys.
 
     Args:
         models: directories by the names that `model` may have.
-        data: trained on, where a run does not name something else.
-        base: where the runs lie.
+        data: used where a run does not name something else.
+        base: where runs and logs lie.
+        changes: keys that all trainings have in common.
     """
 
-    def __init__(self, models: dict[str, Path], data: Path, base: Path) -> None:
-        self.models, self.data, self.base = models, data, base
+    def __init__(self, models: dict[str, Path], data: Path, base: Path, **changes: Any) -> None:
+        self.models, self.data, self.base, self.changes = models, data, base, changes
         self.unnamed = 0
 
     def config(
@@ -218,8 +228,17 @@ class Runner:
         if name is None:
             self.unnamed += 1
             name = "run" if self.unnamed == 1 else f"run-{self.unnamed}"
-        path = self.models.get(str(model), model)
-        return train_config(path, data or self.data, self.base / name, **changes)
+        config = {
+            "data": {"data_dir": str(data or self.data), "batch_size": 4, "max_length": 64},
+            "model_name": str(self.models.get(str(model), model)),
+            "model_params": {"learning_rate": 1e-2, "warmup_steps_per_cent": 0.1},
+            "seed": 1,
+            "trainer": {
+                "checkpoint": {"dirpath": str(self.base / name), "every_n_train_steps": 100},
+                "params": {"accelerator": "cpu", "max_epochs": 2, "log_every_n_steps": 1},
+            },
+        }
+        return with_changes(config, self.changes | changes)
 
     def file(self, **changes: Any) -> Path:
         """The configuration as YAML, beside the run's directory."""
@@ -240,6 +259,30 @@ class Runner:
         assert cli("train", f"{directory}.yaml", "trainer.ckpt_path=last", *words) == code
         return directory
 
+    def test_file(
+        self,
+        model: Path | str = "gpt_neo",
+        data: Path | None = None,
+        name: str = "log",
+        **changes: Any,
+    ) -> Path:
+        """The configuration of a test as YAML, beside its log."""
+        log = self.base / f"{name}.jsonl"
+        config = {
+            "data": {"data_dir": str(data or self.data), "max_prompt_length": 48},
+            "generate_params": {"max_new_tokens": 12},
+            "model_name": str(self.models.get(str(model), model)),
+            "seed": 1,
+            "test_params": {"log_file": str(log), "batch_size": 3, "save_steps": 4},
+        }
+        return write_yaml(log.with_suffix(".yaml"), with_changes(config, changes))
+
+    def test(self, *words: Any, code: int = 0, **changes: Any) -> Path:
+        """Let a model answer the questions of the test split; returns the log."""
+        path = self.test_file(**changes)
+        assert cli("test", path, *words) == code
+        return path.with_suffix(".jsonl")
+
 
 @pytest.fixture
 def run(model_dirs: dict[str, Path], data_file: Path, tmp_path: Path) -> Runner:
@@ -255,12 +298,6 @@ def write_yaml(path: Path, content: Any) -> Path:
 def cli(*arguments: Any) -> int:
     """The command line in this process: fast, and its output goes to capsys."""
     return sft.main([str(argument) for argument in arguments])
-
-
-def train(config: dict[str, Any], *overrides: str) -> int:
-    """Run `train` in this process on a configuration given as a dictionary."""
-    path = Path(config["trainer"]["checkpoint"]["dirpath"]).with_suffix(".yaml")
-    return cli("train", write_yaml(path, config), *overrides, "--quiet")
 
 
 def set_up(config: dict[str, Any]) -> sft.Run:
@@ -304,9 +341,14 @@ def copy_project(target: Path) -> Path:
     return target
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that has one on each line."""
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
 def metrics_of(run: Path, timing: bool = False) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without the values that differ from machine to machine."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = lines_of(run / "metrics.jsonl")
     if not timing:
         for line in lines:
             for name in ("tokens_per_second", "seconds", "memory"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import json
 import os
 import pty
 import signal
@@ -16,10 +15,10 @@ from typing import Any
 import pytest
 
 from config import GenerateParams
-from conftest import ROOT, cli, process, rows, train, train_config
+from conftest import ROOT, Runner, asking, cli, process, rows, write_data
 from data import Encoder, Prompt
 from device import Device
-from extras.ask import answer
+from extras.ask import Talk
 from extras.generation import Batching, Decoding, generate
 from model import open_model
 
@@ -27,42 +26,37 @@ ASK = [sys.executable, str(ROOT / "sft.py"), "ask"]
 
 
 @pytest.fixture(scope="module")
-def run(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run whose template is not the default."""
     base = tmp_path_factory.mktemp("ask")
-    data = base / "data.json"
-    data.write_text(json.dumps({"train": rows(11), "val": rows(3)}))
-    config = train_config(
-        model_dirs["gpt2"],
-        data,
-        base / "run",
+    data = write_data(base / "data.json", train=rows(11), val=rows(3))
+    return Runner(model_dirs, data, base)(
+        model="gpt2",
         data__prompt_template="Q: {question} A:",
         trainer__params__max_epochs=30,
     )
-    assert train(config) == 0
-    return base / "run"
 
 
 def test_the_streamed_text_is_the_engines_answer_in_pieces(
-    run: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
+    trained: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    model = open_model(run / "best").model.eval()
+    model = open_model(trained / "best").model.eval()
     encoder, device = Encoder(tokenizer, "Q: {question} A:"), Device("cpu")
     question = "Is water wet? (4)"
-    prompt = Prompt(1, question, "", encoder.prompts([question])[0])
+    prompt = Prompt(*asking(question), *encoder.prompts(asking(question)))
     decoding = Decoding(GenerateParams(max_new_tokens=80), seed=0)
     (whole,) = generate(model, [prompt], device, decoding, Batching())
     pieces: list[str] = []
     original = print
     monkeypatch.setattr(builtins, "print", lambda *a, **k: (pieces.append(a[0]), original(*a, **k)))
-    answer(model, encoder, device, question)
+    Talk(model, encoder, device).ask(question)
     text = tokenizer.decode(whole.tokens, skip_special_tokens=True)
     assert capsys.readouterr().out.removesuffix(" [...]\n").strip() == text.strip()
     assert sum(map(bool, pieces)) > len(whole.tokens) / 2 > 2  # as they came, not at the end
 
 
 def test_a_character_of_several_tokens_is_shown_whole(
-    run: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
+    trained: Path, tokenizer: Any, capsys: Any, monkeypatch: Any
 ) -> None:
     from extras import ask
     from extras.generation import Answer
@@ -75,26 +69,28 @@ def test_a_character_of_several_tokens_is_shown_whole(
         yield Answer(prompts[0], tokens, True)
 
     monkeypatch.setattr(ask, "generate", scripted)
-    model = open_model(run / "best").model.eval()
-    answer(model, Encoder(tokenizer), Device("cpu"), "q")
+    model = open_model(trained / "best").model.eval()
+    Talk(model, Encoder(tokenizer), Device("cpu")).ask("q")
     assert capsys.readouterr().out == "né 東京 🙂\n"
 
 
-def test_one_question_is_answered_with_the_checkpoints_own_template(run: Path, capsys: Any) -> None:
-    assert cli("ask", run, "Capital of Italy? (5)") == 0
+def test_one_question_is_answered_with_the_checkpoints_own_template(
+    trained: Path, capsys: Any
+) -> None:
+    assert cli("ask", trained, "Capital of Italy? (5)") == 0
     assert capsys.readouterr().out == "Rome\n"
-    assert cli("ask", next(run.glob("step-*")), "Capital of Italy? (5)") == 0
+    assert cli("ask", next(trained.glob("step-*")), "Capital of Italy? (5)") == 0
     assert capsys.readouterr().out == "Rome\n"
 
 
-def test_lines_of_a_pipe_are_answered_each_on_a_line(run: Path) -> None:
-    result = process("ask", run, input="Capital of Italy? (5)\n\nOpposite of hot? (8)\n")
+def test_lines_of_a_pipe_are_answered_each_on_a_line(trained: Path) -> None:
+    result = process("ask", trained, input="Capital of Italy? (5)\n\nOpposite of hot? (8)\n")
     assert (result.returncode, result.stdout, result.stderr) == (0, "Rome\ncold\n", "")
 
 
-def test_whoever_stops_reading_gets_no_traceback(run: Path) -> None:
+def test_whoever_stops_reading_gets_no_traceback(trained: Path) -> None:
     asking = subprocess.Popen(
-        [*ASK, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*ASK, str(trained)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert asking.stdin and asking.stdout and asking.stderr
     asking.stdin.write(b"Capital of Italy? (5)\n")
@@ -108,9 +104,9 @@ def test_whoever_stops_reading_gets_no_traceback(run: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [b"\x04", b"\x03", b"\n"], ids=["Ctrl-D", "Ctrl-C", "empty line"])
-def test_a_prompt_on_a_terminal_answers_and_ends_cleanly(run: Path, end: bytes) -> None:
+def test_a_prompt_on_a_terminal_answers_and_ends_cleanly(trained: Path, end: bytes) -> None:
     ours, theirs = pty.openpty()
-    asking = subprocess.Popen([*ASK, str(run)], stdin=theirs, stdout=theirs, stderr=theirs)
+    asking = subprocess.Popen([*ASK, str(trained)], stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     seen = b""
 
@@ -133,8 +129,8 @@ def test_a_prompt_on_a_terminal_answers_and_ends_cleanly(run: Path, end: bytes) 
     os.close(ours)
 
 
-def test_what_cannot_be_asked_is_one_message(run: Path, tmp_path: Path, capsys: Any) -> None:
-    assert cli("ask", run, "word " * 200) == 2
+def test_what_cannot_be_asked_is_one_message(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    assert cli("ask", trained, "word " * 200) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: the question has ") and "context is 128" in message
     assert cli("ask", tmp_path / "nothing", "x") == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import cli, rows, train_config, write_yaml
+from conftest import Runner, cli, rows, write_data
 from data import Counts, Samples
 from extras.check import length_table, usual_learning_rate
 
 
-def checked(capsys: Any, tmp_path: Path, *arguments: str, **changes: Any) -> tuple[str, str]:
+@pytest.fixture
+def checked(run: Runner, tmp_path: Path, capsys: Any) -> Any:
     """stdout and stderr of `check`, which must succeed and write nothing."""
-    path = write_yaml(tmp_path / "c.yaml", train_config(run=tmp_path / "run", **changes))
-    before = sorted(tmp_path.rglob("*"))
-    assert cli("check", path, *arguments) == 0
-    assert sorted(tmp_path.rglob("*")) == before
-    captured = capsys.readouterr()
-    return captured.out, captured.err
+
+    def check(**changes: Any) -> tuple[str, str]:
+        path = run.file(**changes)
+        before = sorted(tmp_path.rglob("*"))
+        assert cli("check", path) == 0
+        assert sorted(tmp_path.rglob("*")) == before
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return check
 
 
-def test_check_tells_all_that_is_worth_knowing(
-    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
-) -> None:
+def test_check_tells_all_that_is_worth_knowing(checked: Any) -> None:
     text, warned = checked(
-        capsys,
-        tmp_path,
-        model=model_dirs["gpt_neo"],
-        data=data_file,
         model_params__do_freeze=True,
         model_params__freeze_emb=True,
         model_params__learning_rate=3e-4,
@@ -50,16 +48,12 @@ def test_check_tells_all_that_is_worth_knowing(
     assert "warning" not in warned
 
 
-def test_check_shows_what_would_be_cut(
-    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
-) -> None:
+def test_check_shows_what_would_be_cut(checked: Any, tmp_path: Path) -> None:
     long = {"Question": "Why? " * 20 + "Because of the elephant", "Answer": "No"}
     lost = {"Question": "Why?", "Answer": "word " * 70}
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps({"train": [*rows(3), long, lost, *rows(7, 5)], "val": rows(3, 50)}))
-    text, warned = checked(
-        capsys, tmp_path, model=model_dirs["gpt2"], data=data, data__max_length=64
-    )
+    train = [*rows(3), long, lost, *rows(7, 5)]
+    data = write_data(tmp_path / "long.json", train=train, val=rows(3, 50))
+    text, warned = checked(data=data, data__max_length=64)
     assert re.search(r"cut       2 samples \(16.7%\) have more than 64 tokens", text)
     assert re.search(r"row 4: \d+ tokens, loses '.*elephant'", text)
     assert re.search(r"row 5: \d+ tokens, loses ", text)
@@ -78,24 +72,13 @@ def test_check_shows_what_would_be_cut(
         ({"trainer__ckpt_path": "last"}, "train would refuse this:"),
     ],
 )
-def test_check_warns(
-    model_dirs: dict[str, Path],
-    data_file: Path,
-    tmp_path: Path,
-    capsys: Any,
-    changes: dict[str, Any],
-    warning: str,
-) -> None:
-    changes = {"model_params__learning_rate": 3e-4} | changes
-    _, warned = checked(capsys, tmp_path, model=model_dirs["gpt2"], data=data_file, **changes)
+def test_check_warns(changes: dict[str, Any], warning: str, checked: Any) -> None:
+    _, warned = checked(model="gpt2", **({"model_params__learning_rate": 3e-4} | changes))
     assert warning in warned and warned.count("warning") == 1
 
 
-def test_check_refuses_what_train_refuses(
-    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
-) -> None:
-    config = train_config(model_dirs["gpt2"], tmp_path / "absent.json", tmp_path / "run")
-    assert cli("check", write_yaml(tmp_path / "c.yaml", config)) == 2
+def test_check_refuses_what_train_refuses(run: Runner, tmp_path: Path, capsys: Any) -> None:
+    assert cli("check", run.file(data=tmp_path / "absent.json")) == 2
     assert "absent.json: no such file" in capsys.readouterr().err
 
 
@@ -124,13 +107,7 @@ def test_usual_learning_rates_are_those_of_the_paper() -> None:
         {"trainer__params__precision": "16"},  # the scaler's first scales may be too large
     ],
 )
-def test_check_measures_static_shapes_and_float16(
-    model_dirs: dict[str, Path],
-    data_file: Path,
-    tmp_path: Path,
-    capsys: Any,
-    changes: dict[str, Any],
-) -> None:
-    text, warned = checked(capsys, tmp_path, model=model_dirs["llama"], data=data_file, **changes)
+def test_check_measures_static_shapes_and_float16(changes: dict[str, Any], checked: Any) -> None:
+    text, warned = checked(model="llama", **changes)
     assert not re.search(r"optimizer 0\.0 MB", text)
     assert "not a finite number" not in warned

@@ -15,128 +15,79 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, cli, copy_project, imported, process, rows, train_config, write_yaml
+from conftest import (
+    ROOT,
+    Runner,
+    cli,
+    copy_project,
+    imported,
+    lines_of,
+    process,
+    rows,
+    write_data,
+)
 from model import AnswerModel
 
 
-def refused(capsys: Any, *arguments: Any) -> str:
-    """Run a command that must end with code 2 and one message; returns the message."""
-    assert cli(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
-    return captured.err
-
-
-def test_five_mistakes_are_named_in_one_message(tmp_path: Path, capsys: Any) -> None:
-    config = train_config("m", "d.json", tmp_path / "run")
-    config["data"]["batch_size"] = "eight"
-    config["data"]["max_lenght"] = 64
-    config["model_params"]["learning_rate"] = -1
-    config["trainer"]["checkpoint"]["log_obg"] = "val_bleu"
-    config["trainer"]["params"]["accelerator"] = "npu"
-    message = refused(capsys, "train", write_yaml(tmp_path / "c.yaml", config))
-    assert "5 problems" in message
-    for part in (
-        "data.batch_size: found 'eight'",
-        "data.max_lenght: unknown key; did you mean max_length?",
-        "model_params.learning_rate: found -1",
-        "trainer.checkpoint.log_obg: found 'val_bleu'",
-        "trainer.params.accelerator: found 'npu'",
-    ):
-        assert part in message
-    assert not (tmp_path / "run").exists()
-
-
-def test_bad_input_gives_one_clear_message(
-    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
+def test_bad_input_ends_with_code_2_and_one_clear_message(
+    run: Runner, model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
-    def run(**changes: Any) -> str:
-        settings = {"model": model_dirs["gpt2"], "data": data_file, "run": tmp_path / "run"}
-        settings |= {name: changes.pop(name) for name in list(changes) if name in settings}
-        path = write_yaml(tmp_path / "c.yaml", train_config(**settings, **changes))
-        return refused(capsys, "train", path)
+    def refused(**changes: Any) -> str:
+        run(code=2, **changes)
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and "Traceback" not in message
+        return message
 
-    assert "no such configuration file" in refused(capsys, "train", tmp_path / "absent.yaml")
-    assert "no such file or directory" in run(data=tmp_path / "absent.json")
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"train": [\n  {"Question": "a" "Answer": "b"}\n]}')
-    assert "broken.json, line 2, column 20: not valid JSON" in run(data=broken)
-    shape = tmp_path / "shape.json"
-    shape.write_text(json.dumps(["a", "b"]))
-    assert "found a list" in run(data=shape)
-    wrong = tmp_path / "wrong.json"
+    assert cli("train", tmp_path / "absent.yaml") == 2
+    assert "no such configuration file" in capsys.readouterr().err
+    assert "data.batch_size: found 'eight'" in refused(name="eight", data__batch_size="eight")
+    assert not (tmp_path / "eight").exists()
+    assert "no such file or directory" in refused(data=tmp_path / "absent.json")
     entries: list[Any] = rows(6)
     del entries[1]["Answer"]
-    entries[3]["Answer"] = "  "
-    entries[4]["Question"] = 17
-    wrong.write_text(json.dumps({"train": entries}))
-    message = run(data=wrong)
-    assert "row 2: no 'Answer'" in message
-    assert "row 4: 'Answer' is empty" in message
-    assert "row 5: 'Question' is a number 17" in message
-    absent = tmp_path / "absent-split.json"
-    absent.write_text(json.dumps({"test": rows(3)}))
-    assert "no split 'train'; found test" in run(data=absent)
-    assert "max_length: found 129; allowed: at most 128" in run(data__max_length=129)
-    empty = tmp_path / "no-weights"
-    shutil.copytree(model_dirs["gpt2"], empty)
-    (empty / "model.safetensors").unlink()
-    assert "a config but no weights" in run(model=empty)
-    assert "not a local directory" in run(model="no-such/model-anywhere")
-    assert "found 'cuda', but this machine has" in run(trainer__params__accelerator="cuda")
+    entries[4]["Question"] = None
+    message = refused(data=write_data(tmp_path / "wrong.json", train=entries))
+    assert "row 2: no 'Answer'" in message and "row 5: 'Question' is null" in message
+    assert "max_length: found 129; allowed: at most 128" in refused(data__max_length=129)
+    weights = shutil.ignore_patterns("*.safetensors")
+    empty = shutil.copytree(model_dirs["gpt2"], tmp_path / "empty", ignore=weights)
+    assert "a config but no weights" in refused(model=empty)
+    assert "not a local directory" in refused(model="no-such/model-anywhere")
+    message = refused(trainer__params__accelerator="cuda")
+    assert "found 'cuda', but this machine has" in message
 
 
-def test_a_failed_test_command_writes_nothing(
-    model_dirs: dict[str, Path], data_file: Path, tmp_path: Path, capsys: Any
-) -> None:
-    config = {
-        "data": {"data_dir": str(data_file), "split": "tset"},
-        "model_name": str(model_dirs["gpt2"]),
-        "test_params": {"log_file": str(tmp_path / "out" / "log.jsonl")},
-    }
-    message = refused(capsys, "test", write_yaml(tmp_path / "t.yaml", config))
-    assert "no split 'tset'; found train, val, test" in message
+def test_a_failed_test_command_writes_nothing(run: Runner, tmp_path: Path, capsys: Any) -> None:
+    log = str(tmp_path / "out" / "log.jsonl")
+    run.test(code=2, data__split="tset", test_params__log_file=log)
+    assert "no split 'tset'; found train, val, test" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    config["cuda"] = True
-    message = refused(capsys, "test", write_yaml(tmp_path / "t.yaml", config))
-    assert "cuda: found true, but this machine has cpu" in message
+    run.test(code=2, cuda=True)
+    assert "cuda: found true, but this machine has cpu" in capsys.readouterr().err
 
 
 def test_a_csv_with_other_column_names_is_trained_on_and_tested(
-    model_dirs: dict[str, Path], tmp_path: Path
+    run: Runner, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for split, entries in (("train", rows(10)), ("test", rows(3))):
         lines = [f'"{row["Question"]}","{row["Answer"]}"' for row in entries]
-        (folder / f"{split}.csv").write_text("\n".join(["prompt,completion", *lines]))
-    keys = ["data.question_key=prompt", "data.answer_key=completion"]
-    config = train_config(
-        model_dirs["gpt2"], folder, tmp_path / "run", trainer__params__max_epochs=1
-    )
-    path = write_yaml(tmp_path / "c.yaml", config)
-    assert cli("train", path, "--quiet") == 2
-    assert cli("train", path, "--quiet", *keys) == 0
-    log = tmp_path / "log.jsonl"
-    testing = {
-        "data": {"data_dir": str(folder)},
-        "model_name": str(tmp_path / "run"),
-        "test_params": {"log_file": str(log)},
-        "generate_params": {"max_new_tokens": 2},
-    }
-    assert cli("test", write_yaml(tmp_path / "t.yaml", testing), "--quiet", *keys) == 0
-    references = [json.loads(line)["reference"] for line in log.read_text().splitlines()]
+        (folder / f"{split}.csv").write_text("\n".join(["asked,told", *lines]))
+    columns = {"data__question_key": "asked", "data__answer_key": "told"}
+    run(data=folder, code=2)
+    directory = run(data=folder, **columns)
+    log = run.test(model=directory, data=folder, **columns)
+    references = [record["reference"] for record in lines_of(log)]
     assert references == [row["Answer"] for row in rows(3)]
 
 
 def test_duplicates_and_overlap_are_counted_in_a_warning(
-    model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+    run: Runner, tmp_path: Path, capsys: Any
 ) -> None:
     train = [*rows(8), rows(1)[0], rows(2)[1]]
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps({"train": train, "val": rows(2, 50), "test": rows(3, offset=6)}))
-    config = train_config(model_dirs["gpt2"], data, tmp_path / "run", trainer__params__max_epochs=1)
-    assert cli("train", write_yaml(tmp_path / "c.yaml", config)) == 0
+    data = write_data(tmp_path / "d.json", train=train, val=rows(2, 50), test=rows(3, offset=6))
+    run(data=data, trainer__params__max_epochs=1)
     error = capsys.readouterr().err
     assert "2 pairs of train are duplicates, 2 questions of test are in train" in error
 
@@ -191,18 +142,13 @@ def test_an_unknown_command_is_an_error() -> None:
 
 
 def test_too_little_memory_ends_with_what_to_change(
-    model_dirs: dict[str, Path],
-    data_file: Path,
-    tmp_path: Path,
-    capsys: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    run: Runner, monkeypatch: Any, capsys: Any
 ) -> None:
     def forward(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(AnswerModel, "forward", forward)
-    config = train_config(model_dirs["gpt2"], data_file, tmp_path / "run")
-    assert cli("train", write_yaml(tmp_path / "config.yaml", config)) == 1
+    run(code=1)
     message = capsys.readouterr().err
     assert "error: out of memory: halve data.batch_size" in message
     assert "Traceback" not in message

@@ -13,7 +13,7 @@ import config as schema
 from config import TestConfig as ForTest  # pytest would collect a name like Test*
 from config import TrainConfig as ForTrain
 from config import UserError, load, resolved, to_yaml, walk
-from conftest import ROOT, cli, imported, train_config, write_yaml
+from conftest import ROOT, Runner, cli, imported, write_yaml
 from docs.configuration import reference
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -61,14 +61,16 @@ def refuse(check: Any) -> Any:
 # ------------------------------------------------------------------------ all in one message
 
 
-def test_five_different_mistakes_stand_in_one_message(tmp_path: Path, capsys: Any) -> None:
+def test_five_different_mistakes_stand_in_one_message(
+    run: Runner, tmp_path: Path, capsys: Any
+) -> None:
     """Unknown key, wrong type, out of range, missing, contradiction; no traceback, exit code 2."""
-    content = train_config("m", "d", tmp_path / "run")
-    content["data"]["bach_size"] = 8
-    content["seed"] = "one"
-    content["model_params"]["adam_betas"] = [0.9, 1.5]
-    del content["trainer"]["checkpoint"]["dirpath"]
-    content["trainer"]["checkpoint"]["mode"] = "max"
+    content = run.config(
+        data__bach_size=8,
+        seed="one",
+        model_params__adam_betas=[0.9, 1.5],
+        trainer__checkpoint={"mode": "max"},
+    )
     assert cli("train", write_yaml(tmp_path / "c.yaml", content)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "5 problems" in error and "Traceback" not in error
@@ -80,17 +82,15 @@ def test_five_different_mistakes_stand_in_one_message(tmp_path: Path, capsys: An
         "trainer.checkpoint.mode: found 'max', but of val_loss 'min' is the best",
     ):
         assert part in error
-    assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_of_the_test_command_is_reported_the_same_way(
-    tmp_path: Path, capsys: Any
-) -> None:
-    content = minimal_test()
-    content["data"]["padding_side"] = "middle"
-    content["cuda"] = 1
-    content["generate_params"] = {"top_p": 0.9, "min_new_tokens": 9, "max_new_tokens": 3}
-    assert cli("test", write_yaml(tmp_path / "c.yaml", content)) == 2
+def test_a_mistake_of_the_test_command_is_reported_the_same_way(run: Runner, capsys: Any) -> None:
+    run.test(
+        code=2,
+        data__padding_side="middle",
+        cuda=1,
+        generate_params={"top_p": 0.9, "min_new_tokens": 9, "max_new_tokens": 3},
+    )
     error = capsys.readouterr().err
     assert "4 problems" in error
     assert "data.padding_side: found 'middle' (str); allowed: 'left' or 'right'" in error

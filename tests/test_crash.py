@@ -163,7 +163,7 @@ def test_a_second_ctrl_c_stops_at_once_and_a_repeated_sigterm_does_not() -> None
     """Batch systems send SIGTERM more than once, and to the process group as well."""
     code = (
         f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from sft import Stop\n"
+        "from extras.command_line import Stop\n"
         "stop = Stop()\n"
         "for number in (signal.SIGTERM, signal.SIGTERM):\n"
         "    os.kill(os.getpid(), number)\n"

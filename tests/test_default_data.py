@@ -9,10 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-DATA = Path(__file__).parent.parent / "data"
-MODEL = DATA / "tiny-gpt-neo"
+from conftest import ROOT, TOKENIZER
+
+DATA = ROOT / "data"
 
 Splits = dict[str, list[dict[str, str]]]
 
@@ -20,11 +21,6 @@ Splits = dict[str, list[dict[str, str]]]
 @pytest.fixture(scope="module")
 def splits() -> Splits:
     return json.loads((DATA / "facts.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL)
 
 
 def run(script: str, *args: str | Path) -> subprocess.CompletedProcess:
@@ -57,13 +53,13 @@ def test_model_script_reproduces_the_directory(tmp_path: Path) -> None:
     made = run("make_model.py", "--out", out)
     assert made.returncode == 0, made.stderr
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
-        p.name: p.read_bytes() for p in MODEL.iterdir()
+        p.name: p.read_bytes() for p in TOKENIZER.iterdir()
     }
 
 
 def test_model_check_notices_one_changed_byte(tmp_path: Path) -> None:
     out = tmp_path / "model"
-    shutil.copytree(MODEL, out)
+    shutil.copytree(TOKENIZER, out)
     assert run("make_model.py", "--check", "--out", out).returncode == 0
     config = out / "config.json"
     config.write_bytes(config.read_bytes().replace(b"global", b"glabal", 1))
@@ -128,28 +124,6 @@ def test_every_held_out_fact_and_phrasing_is_trained_but_never_together(splits: 
     assert {pair["Answer"] for pair in splits["test"] + splits["val"]} <= answers
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Question: What is the capital of France? \nAnswer: Paris",
-        "🙂 👩‍👩‍👧‍👦 🇫🇷",
-        "مرحبا بالعالم שלום עולם \u200f\u202e",
-        "漢字かな交じり文 한국어",
-        "e\u0301 é ﬁ \u00a0\u2028\ufeff",
-        "".join(map(chr, range(0x20))) + "\x7f\x85",
-        "  spaces , before . and  after ' n't 's \t\r\n\n ",
-        "\U0010ffff\ufffd",
-        "<|endoftext|> inside <|endoftext|>",
-        "",
-    ],
-    ids="english emoji rtl cjk marks control spaces edge special empty".split(),
-)
-def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert tokenizer.decode(ids) == text  # and the saved setting says the same
-
-
 def test_tokenizer_is_fast_complete_and_adds_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.is_fast
     assert tokenizer("")["input_ids"] == []
@@ -173,7 +147,7 @@ def test_an_entity_has_the_same_tokens_in_questions_and_answers(
 
 
 def test_config_has_both_attention_kinds_and_a_window_that_matters() -> None:
-    config = AutoConfig.from_pretrained(MODEL)
+    config = AutoConfig.from_pretrained(TOKENIZER)
     assert config.architectures == ["GPTNeoForCausalLM"]
     assert set(config.attention_layers) == {"global", "local"}
     assert len(config.attention_layers) == config.num_layers
@@ -182,14 +156,14 @@ def test_config_has_both_attention_kinds_and_a_window_that_matters() -> None:
 
 
 def test_config_and_tokenizer_agree(tokenizer: PreTrainedTokenizerBase) -> None:
-    config = AutoConfig.from_pretrained(MODEL)
+    config = AutoConfig.from_pretrained(TOKENIZER)
     assert config.vocab_size == len(tokenizer)
     assert config.eos_token_id == config.bos_token_id == tokenizer.eos_token_id
     assert config.max_position_embeddings == tokenizer.model_max_length
 
 
 def test_there_are_no_weights() -> None:
-    assert {p.name for p in MODEL.iterdir()} == {
+    assert {p.name for p in TOKENIZER.iterdir()} == {
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import freeze
 import zoo
 from config import ModelParams, UserError
-from conftest import KINDS, newest, train, train_config, weights_of
+from conftest import KINDS, Runner, newest, weights_of
 from model import load_model
 
 # For each architecture: a parameter name and the kind it must have.
@@ -396,23 +396,21 @@ def test_freezing_everything_is_an_error(model_dirs: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "qwen2"])
 def test_frozen_weights_stay_bitwise_and_have_no_optimizer_state(
-    kind: str, model_dirs: dict[str, Path], data_file: Path, tmp_path: Path
+    kind: str, run: Runner, model_dirs: dict[str, Path]
 ) -> None:
-    config = train_config(
-        model_dirs[kind],
-        data_file,
-        tmp_path / "run",
+    directory = run(
+        model=kind,
         model_params__do_freeze=True,
         model_params__freeze_emb=True,
         model_params__freeze_attn=True,
     )
-    assert train(config) == 0
+    last = newest(directory)
     model, _ = load_model(str(model_dirs[kind]))
     kinds = {name: k for name, k, _ in freeze.classify(model)}
-    before, after = weights_of(model_dirs[kind]), weights_of(newest(tmp_path / "run"))
+    before, after = weights_of(model_dirs[kind]), weights_of(last)
     for name, parameter_kind in kinds.items():
         same = torch.equal(before[name], after[name])
         assert same == (parameter_kind in ("emb", "attn")), name
-    state = torch.load(newest(tmp_path / "run") / "trainer_state.pt", weights_only=True)
+    state = torch.load(last / "trainer_state.pt", weights_only=True)
     trained = sum(k not in ("emb", "attn") for k in kinds.values())
     assert len(state["optimizer"]["state"]) == trained

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from config import GenerateParams
-from conftest import KINDS, rows
+from conftest import KINDS, asking, rows
 from data import Encoder, Prompt
 from device import Device
 from extras.generation import Batching, Decoding, generate
@@ -25,11 +25,8 @@ NEW = 20
 def prompts_of(tokenizer: Any, count: int = 11) -> list[Prompt]:
     """Prompts of 10 to 40 tokens: all longer than tiny GPT-Neo's local window of 8."""
     encoder = Encoder(tokenizer)
-    questions = [row["Question"] for row in rows(count)]
-    return [
-        Prompt(i, question, "", ids)
-        for i, (question, ids) in enumerate(zip(questions, encoder.prompts(questions)), start=1)
-    ]
+    asked = asking(*(row["Question"] for row in rows(count)))
+    return [Prompt(*both) for both in zip(asked, encoder.prompts(asked))]
 
 
 def one_by_one(directory: Path, prompts: list[Prompt], ends: list[int], **kwargs: Any) -> list[Any]:

@@ -22,7 +22,8 @@ import zoo
 from config import UserError
 from conftest import Runner, cli, newest, save, weights_of
 from extras import probe
-from model import AnswerModel, checkpoint_activations, context_length, load_model, load_tokenizer
+from extras.model_checks import context_length
+from model import AnswerModel, checkpoint_activations, load_model, load_tokenizer
 
 
 @pytest.fixture
@@ -96,21 +97,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_weights_of_another_model_are_refused_by_every_command(
-    damage: str, llama: Path, run: Runner, data_file: Path, tmp_path: Path, capsys: Any
+    damage: str, llama: Path, run: Runner, capsys: Any
 ) -> None:
     change, message, name = DAMAGES[damage]
     rewrite(llama, change)
-    training, testing = run.file(model=llama), tmp_path / "test.yaml"
-    testing.write_text(
-        f"data: {{data_dir: {data_file}}}\nmodel_name: {llama}\n"
-        f"test_params: {{log_file: {tmp_path / 'log.jsonl'}}}\n"
-    )
-    for command in (
-        ("train", training),
-        ("check", training),
-        ("test", testing),
-        ("ask", llama, "Why?"),
-    ):
+    training, testing = run.file(model=llama), run.test_file(model=llama)
+    asking = ("ask", llama, "Why?")
+    for command in (("train", training), ("check", training), ("test", testing), asking):
         assert cli(*command) == 2
         said = capsys.readouterr().err
         assert message in said and name in said and "Traceback" not in said, said

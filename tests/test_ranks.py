@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ import torch
 
 import sft
 import zoo
-from conftest import ROOT, cli, metrics_of, newest, train_config, weights_of, write_yaml
+from conftest import ROOT, Runner, cli, lines_of, metrics_of, newest, save, weights_of
 
 
 def _work(rank: int, count: int, port: int, output: Path, arguments: list[str]) -> None:
@@ -68,27 +67,23 @@ def run_ranks(count: int, output: Path, *arguments: Any) -> list[str]:
     return printed
 
 
-def config_for(model: Path, data: Path, run: Path, **changes: Any) -> Path:
-    settings: dict[str, Any] = {"trainer__params__precision": "64", "data__batch_size": 8}
-    return write_yaml(
-        run.with_suffix(".yaml"), train_config(model, data, run, **(settings | changes))
-    )
+@pytest.fixture
+def run(model_dirs: dict[str, Path], uneven: Path, tmp_path: Path) -> Runner:
+    """In float64, with steps of 8 samples where nothing else is said."""
+    changes = {"trainer__params__precision": "64", "data__batch_size": 8}
+    return Runner(model_dirs, uneven, tmp_path, **changes)
 
 
 def test_ranks_train_a_model_of_which_a_text_reaches_only_a_part(
-    tokenizer: Any, uneven: Path, tmp_path: Path
+    run: Runner, tokenizer: Any, tmp_path: Path
 ) -> None:
     """TrOCR attends to an image too, where there is one."""
-    zoo.build("trocr", len(tokenizer), std=0.1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    for count in (1, 2):
-        changes = {"data__batch_size": 8 // count, "model_params__learning_rate": 1e-4}
-        config = config_for(tmp_path / "model", uneven, tmp_path / str(count), **changes)
-        if count == 1:
-            assert cli("train", config, "--quiet") == 0
-        else:
-            run_ranks(count, tmp_path / "output", "train", config)
-    alone, shared = (weights_of(newest(tmp_path / str(count))) for count in (1, 2))
+    model = save(zoo.build("trocr", len(tokenizer), std=0.1), tokenizer, tmp_path / "model")
+    changes = {"model": model, "model_params__learning_rate": 1e-4}
+    alone = weights_of(newest(run(**changes)))
+    config = run.file(name="ranks", data__batch_size=4, **changes)
+    run_ranks(2, tmp_path / "output", "train", config)
+    shared = weights_of(newest(tmp_path / "ranks"))
     for name, tensor in alone.items():
         assert torch.allclose(tensor, shared[name], rtol=1e-6, atol=1e-7), name
 
@@ -96,49 +91,39 @@ def test_ranks_train_a_model_of_which_a_text_reaches_only_a_part(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["gpt_neo", "qwen2"])  # both with a tied output head
 def test_one_process_and_several_ranks_train_the_same_weights(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, kind: str, strategy: str
+    kind: str, strategy: str, run: Runner, tmp_path: Path
 ) -> None:
-    alone = tmp_path / "alone"
-    generating = {
+    changes = {
+        "model": kind,
         "model_params__do_compute_metrics": True,
         "model_params__val_generate_params": {"max_new_tokens": 4},
     }
-    model = model_dirs[kind]
-    assert cli("train", config_for(model, uneven, alone, **generating)) == 0
+    alone = run(**changes)
     expected = weights_of(newest(alone))
     for count, size in ((2, 4), (4, 2)):
-        run = tmp_path / f"ranks-{count}"
-        config = config_for(
-            model,
-            uneven,
-            run,
-            **generating,
-            data__batch_size=size,
-            trainer__params__strategy=strategy,
-        )
+        name = f"ranks-{count}"
+        sharing = {"data__batch_size": size, "trainer__params__strategy": strategy}
+        config = run.file(name=name, **sharing, **changes)
         printed = run_ranks(count, tmp_path / "output", "train", config)
         assert printed[1:] == [""] * (count - 1)
         assert f"{size} samples x 1 batch x {count} ranks = 8 samples" in printed[0]
-        found = weights_of(newest(run))
+        found = weights_of(newest(tmp_path / name))
         assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
-        for ours, theirs in zip(metrics_of(run), metrics_of(alone), strict=True):
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10)
+        for ours, theirs in zip(metrics_of(tmp_path / name), metrics_of(alone), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-10)
 
 
 @pytest.mark.parametrize("strategies", [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_a_run_goes_on_with_another_number_of_ranks(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, strategies: tuple[str, str]
+    strategies: tuple[str, str], run: Runner, tmp_path: Path
 ) -> None:
     """2 ranks, then 1, then 4, handing over after steps 2 and 4, end where one process ends."""
-    first, last = strategies
 
     def config(name: str, size: int, strategy: str, after: Path | None = None) -> Path:
-        return config_for(
-            model_dirs["gpt_neo"],
-            uneven,
-            tmp_path / name,
+        return run.file(
+            name=name,
             data__batch_size=size,
             trainer__params__strategy=strategy,
             trainer__ckpt_path=str(after) if after else None,
@@ -146,69 +131,55 @@ def test_a_run_goes_on_with_another_number_of_ranks(
             trainer__checkpoint__save_top_k=9,
         )
 
+    first, last = strategies
+    alone, two, one, four = (tmp_path / name for name in ("alone", "two", "one", "four"))
     output = tmp_path / "output"
     assert cli("train", config("alone", 8, "ddp")) == 0
     run_ranks(2, output, "train", config("two", 4, first))
-    handed_over = tmp_path / "two" / "step-000002"
-    assert cli("train", config("one", 8, "ddp", after=handed_over)) == 0
-    handed_over = tmp_path / "one" / "step-000004"
-    run_ranks(4, output, "train", config("four", 2, last, after=handed_over))
+    assert cli("train", config("one", 8, "ddp", after=two / "step-000002")) == 0
+    run_ranks(4, output, "train", config("four", 2, last, after=one / "step-000004"))
 
-    expected, found = (weights_of(newest(tmp_path / name)) for name in ("alone", "four"))
-    for name, value in expected.items():
+    found = weights_of(newest(four))
+    for name, value in weights_of(newest(alone)).items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
-    for ours, theirs in zip(metrics_of(tmp_path / "four"), metrics_of(tmp_path / "alone")[-3:]):
+    for ours, theirs in zip(metrics_of(four), metrics_of(alone)[-3:]):
         assert ours == pytest.approx(theirs, rel=1e-10)
-    files = {path.name for path in newest(tmp_path / "alone").iterdir()}
-    assert {path.name for path in newest(tmp_path / "four").iterdir()} == files
+    names = [{path.name for path in newest(directory).iterdir()} for directory in (alone, four)]
+    assert names[0] == names[1]
 
 
 def test_another_number_of_samples_a_step_is_refused_with_the_way_out(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, capsys: Any
+    run: Runner, tmp_path: Path, capsys: Any
 ) -> None:
-    config = config_for(model_dirs["gpt_neo"], uneven, tmp_path / "run", data__batch_size=4)
+    config = run.file(name="run", data__batch_size=4)
     run_ranks(2, tmp_path / "output", "train", config)
-    assert cli("train", config, "trainer.ckpt_path=last") == 2
+    run.resume(tmp_path / "run", code=2)
     message = capsys.readouterr().err
     product = "data.batch_size x trainer.params.accumulate_grad_batches x ranks"
     assert f"{product}: the checkpoint has 8, this run has 4" in message
 
 
-def test_ranks_answer_a_test_as_one_process_does(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path
-) -> None:
-    logs = []
-    for name in ("alone", "ranks"):
-        logs.append(tmp_path / f"{name}.jsonl")
-        content = {
-            "data": {"data_dir": str(uneven)},
-            "generate_params": {"max_new_tokens": 5},
-            "model_name": str(model_dirs["gpt_neo"]),
-            "test_params": {"log_file": str(logs[-1]), "save_steps": 3, "batch_size": 2},
-        }
-        config = write_yaml(tmp_path / f"{name}.yaml", content)
-        if name == "alone":
-            assert cli("test", config) == 0
-        else:
-            assert run_ranks(2, tmp_path / "output", "test", config)[1] == ""
-    alone, shared = ([json.loads(line) for line in log.read_text().splitlines()] for log in logs)
-    for ours, theirs in zip(shared, alone, strict=True):
+def test_ranks_answer_a_test_as_one_process_does(run: Runner, tmp_path: Path) -> None:
+    changes = {"test_params__save_steps": 3, "test_params__batch_size": 2}
+    alone = run.test(name="alone", **changes)
+    config = run.test_file(name="ranks", **changes)
+    assert run_ranks(2, tmp_path / "output", "test", config)[1] == ""
+    shared = lines_of(tmp_path / "ranks.jsonl")
+    for ours, theirs in zip(shared, lines_of(alone), strict=True):
         assert ours.pop("reference_nll") == pytest.approx(theirs.pop("reference_nll"), abs=1e-4)
         assert ours == theirs
 
 
 @pytest.mark.parametrize("precision", ["16", "bf16"])
 def test_slices_train_as_whole_models_do_in_mixed_precision(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path, precision: str
+    precision: str, run: Runner, tmp_path: Path
 ) -> None:
     """With the GradScaler, accumulation and recomputed activations; weights stay float32."""
     losses = []
     for strategy in ("ddp", "fsdp"):
-        run = tmp_path / strategy
-        config = config_for(
-            model_dirs["llama"],
-            uneven,
-            run,
+        config = run.file(
+            model="llama",
+            name=strategy,
             data__batch_size=2,
             trainer__params__accumulate_grad_batches=2,
             trainer__params__gradient_checkpointing=True,
@@ -217,8 +188,10 @@ def test_slices_train_as_whole_models_do_in_mixed_precision(
             trainer__params__strategy=strategy,
         )
         run_ranks(2, tmp_path / "output", "train", config)
-        losses.append([line["loss"] for line in metrics_of(run) if "loss" in line])
-        assert {value.dtype for value in weights_of(newest(run)).values()} == {torch.float32}
+        lines = metrics_of(tmp_path / strategy)
+        losses.append([line["loss"] for line in lines if "loss" in line])
+        weights = weights_of(newest(tmp_path / strategy))
+        assert {value.dtype for value in weights.values()} == {torch.float32}
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
 
@@ -247,21 +220,21 @@ def kill_a_rank(parent: subprocess.Popen[str], run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_torchrun_goes_on_by_itself(
-    model_dirs: dict[str, Path], uneven: Path, tmp_path: Path
+    run: Runner, tmp_path: Path
 ) -> None:
     def config(name: str) -> tuple[Path, Path]:
-        changes: dict[str, Any] = {
-            "data__batch_size": 2,
-            "trainer__params__max_epochs": 60,
-            "trainer__params__precision": "32",
-            "trainer__checkpoint__every_n_train_steps": 20,
-        }
-        run = tmp_path / name
-        return config_for(model_dirs["gpt_neo"], uneven, run, **changes), run
+        path = run.file(
+            name=name,
+            data__batch_size=2,
+            trainer__params__max_epochs=60,
+            trainer__params__precision="32",
+            trainer__checkpoint__every_n_train_steps=20,
+        )
+        return path, tmp_path / name
 
-    path, run = config("stops")
+    path, stopped = config("stops")
     process = torchrun(2, 0, "train", path)
-    kill_a_rank(process, run)
+    kill_a_rank(process, stopped)
     began = time.monotonic()
     _, errors = process.communicate(timeout=60)  # no hang: the issue asks for less than a minute
     took = time.monotonic() - began
@@ -269,7 +242,7 @@ def test_a_killed_rank_ends_the_others_and_torchrun_goes_on_by_itself(
     assert "error: another rank is gone" in errors
     assert "Traceback" not in errors.split("torch/distributed/elastic")[0]
 
-    path, run = config("undisturbed")
+    path, undisturbed = config("undisturbed")
     process = torchrun(2, 0, "train", path)
     process.communicate(timeout=120)
     assert process.returncode == 0
@@ -280,7 +253,7 @@ def test_a_killed_rank_ends_the_others_and_torchrun_goes_on_by_itself(
     assert process.returncode == 0
     resumed = [line for line in output.splitlines() if ", after step " in line]
     assert len(resumed) == 1
-    for name, value in weights_of(newest(run)).items():
+    for name, value in weights_of(newest(undisturbed)).items():
         assert torch.equal(weights_of(newest(killed))[name], value)
-    assert metrics_of(killed) == metrics_of(run)
+    assert metrics_of(killed) == metrics_of(undisturbed)
     print(f"\na rank was killed: the other stopped {took:.1f} s later; restarted, {resumed[0]}")

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM
 import freeze
 import zoo
 from config import GenerateParams, UserError
-from conftest import conversations
-from data import Encoder, Prompt, Samples, collate, prepare_train
+from data import Conversation, Prompt, Samples, collate
 from device import Device
 from extras import probe
 from extras.generation import Batching, Decoding, generate
@@ -40,10 +39,6 @@ SHORT_LIST = (
     "mamba2",
     "qwen3_next",
 )
-
-
-def samples_of(tokenizer: Any) -> Samples:
-    return prepare_train(conversations(8), Encoder(tokenizer), 64)
 
 
 def reference_loss(model: Any, samples: Samples) -> Tensor:
@@ -104,9 +99,9 @@ def answers_of(model: AnswerModel, prompts: list[Prompt], side: str, size: int) 
     return [a.tokens for a in sorted(found, key=lambda a: a.prompt.row)]
 
 
-def examine(name: str, directory: Path, tokenizer: Any) -> str:
+def examine(name: str, directory: Path, vocabulary: int, samples: Samples) -> str:
     """Hold one type against plain transformers; its line of the table."""
-    zoo.build(name, len(tokenizer), std=STD).save_pretrained(directory)
+    zoo.build(name, vocabulary, std=STD).save_pretrained(directory)
     try:
         plain, _ = load_model(str(directory))
         model = AnswerModel(plain)
@@ -114,7 +109,6 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
     except UserError as error:
         return f"{name:<24} refused: {error}"
     theirs = AutoModelForCausalLM.from_pretrained(directory)
-    samples = samples_of(tokenizer)
     plain.train()
     batch = collate(samples, np.arange(len(samples)), packed=model.can_pack)
     loss = model(batch)
@@ -129,7 +123,7 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
         ids = torch.from_numpy(samples.sample(3)[0].astype(np.int64))[None]
         outputs = (one(ids, use_cache=False).logits for one in (plain, theirs))
         assert probe.close(*outputs), name
-    prompts = [Prompt(i, "", "", samples.prompt(i)) for i in range(len(samples))]
+    prompts = [Prompt(Conversation.of_pair(i, ""), samples.prompt(i)) for i in range(len(samples))]
     with torch.no_grad():
         wanted = reference_answers(theirs, prompts, by_generate=model.cache != "none")
     right = {
@@ -161,12 +155,14 @@ def examine(name: str, directory: Path, tokenizer: Any) -> str:
 
 
 @pytest.mark.parametrize("name", SHORT_LIST)
-def test_a_family_is_right(name: str, tmp_path: Path, tokenizer: Any) -> None:
-    line = examine(name, tmp_path, tokenizer)
+def test_a_family_is_right(name: str, tmp_path: Path, tokenizer: Any, samples: Samples) -> None:
+    line = examine(name, tmp_path, len(tokenizer), samples)
     assert "refused" not in line, line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in zoo.available() if n not in SHORT_LIST])
-def test_every_type_is_right_or_refused(name: str, tmp_path: Path, tokenizer: Any) -> None:
-    print("\n" + examine(name, tmp_path, tokenizer))
+def test_every_type_is_right_or_refused(
+    name: str, tmp_path: Path, tokenizer: Any, samples: Samples
+) -> None:
+    print("\n" + examine(name, tmp_path, len(tokenizer), samples))

@@ -1,4 +1,8 @@
-"""Whether a model's files are what they should be: fetched whole, and of this very model."""
+"""Whether a model is what it should be for this data.
+
+Its files fetched whole, its weights those of this very model, its context and its vocabulary large
+enough for the texts, and no loss of its own beside that of the answers.
+"""
 
 from __future__ import annotations
 
@@ -106,3 +110,67 @@ def _parameters(count: int) -> str:
 def _some(lines: list[str]) -> str:
     more = [f"... and {len(lines) - SHOWN_KEYS} more"] if len(lines) > SHOWN_KEYS else []
     return "\n".join(f"  {line}" for line in [*lines[:SHOWN_KEYS], *more])
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many positions the model knows; None for a model without a limit."""
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet writes -1
+        return None
+    # Beyond its window Doge chooses keys among equals by what stands behind the text.
+    limit = min(limit, getattr(text, "keep_window_size", limit))
+    # RoBERTa and its kin count positions from the row behind that of padding.
+    for module in model.modules():
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if padded and module is not model.get_input_embeddings() and module.num_embeddings == limit:
+            return limit - module.padding_idx - 1
+    return limit
+
+
+def check_length(model: PreTrainedModel, length: int, key: str) -> None:
+    """Raise a UserError if sequences of `length` tokens are beyond the model's positions."""
+    context = context_length(model)
+    if context is not None and length > context:
+        raise UserError(f"{key}: found {length}; allowed: at most {context}, the model's context")
+
+
+def check_ids(model: PreTrainedModel, tokenizer: Any, largest: int, where: str) -> list[str]:
+    """Raise a UserError for a token id that the model has no embedding for.
+
+    Args:
+        largest: the largest id that data and template really give.
+
+    Returns:
+        A remark if the tokenizer has such ids, but no text here gives one.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    name = tokenizer.name_or_path
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{where}: token {token!r} has the id {largest}, and the model has embeddings for "
+            f"{rows} ids; the tokenizer of {name} and the model do not belong together"
+        )
+    if len(tokenizer) > rows:
+        return [
+            f"the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}; no "
+            "text here gives one of the others"
+        ]
+    return []
+
+
+def refuse_router_loss(name: str, config: Any) -> None:
+    """Raise a UserError if the configuration asks for a loss beside that of the answers.
+
+    transformers adds the experts' load-balancing loss as a product of means over all tokens of a
+    batch, padding and prompts included. No sum over micro-batches gives it, so with it a step's
+    gradient would depend on how the step is split.
+    """
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"model_name: {name}: output_router_logits is true in its config.json, which asks for "
+            "a load-balancing loss of the experts; it is not added here, because it depends on how "
+            "a step is split into batches. Set it to false, in a copy of the model, to train on "
+            "the answers alone"
+        )
