@@ -180,16 +180,15 @@ def base_of(
         base: stands in for the one that the adapter names.
 
     Raises:
-        UserError: it is an adapter of a kind that is not supported.
+        UserError: it is an adapter of a kind that is not supported, or its base is gone.
     """
     from extras.adapters import read_config
 
     path = Path(place) / CONFIG
     if not path.is_file():
         return place, None
-    config = read_config(path)
-    base = base or config["base_model_name_or_path"]
-    return base, config | {"base_model_name_or_path": str(base)}
+    config = read_config(path, base)
+    return config["base_model_name_or_path"], config
 
 
 def load(model: PreTrainedModel, directory: Path, config: dict[str, Any]) -> None:

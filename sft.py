@@ -6,6 +6,7 @@
     python sft.py check configs/trainer.yaml
     python sft.py ask   runs/facts "What is the capital of France?"
     python sft.py plot  runs/facts runs/other
+    python sft.py export runs/facts exported/facts bfloat16
 
 Any key of the file can be given as key.path=value behind it. `set_up` puts a run's parts together,
 `loop` is every step of it; the words of the command line stand in extras/command_line.py.
@@ -245,6 +246,8 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     if params.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
+    if opened.adapter and not reached:
+        remarks.append("a short text reaches a part of the adapters only, see docs/models.md")
 
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
@@ -514,6 +517,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         options = (arguments.system, arguments.max_new_tokens, arguments.temperature)
         return ask(arguments.model, arguments.question, *options)
+    if arguments.command == "export":
+        from extras.export import export_model
+
+        return export_model(arguments.model, arguments.output, arguments.dtype)
     if arguments.command == "plot":
         from extras.plot import plot
 

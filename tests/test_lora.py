@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_ranks import run_ranks
 from test_zoo import SHORT_LIST
 from torch import Tensor
@@ -23,15 +26,8 @@ import lora
 import sft
 import zoo
 from checkpoint import State
-from config import Adapter, ModelParams
-from conftest import (
-    KINDS,
-    Runner,
-    conversations,
-    metrics_of,
-    newest,
-    set_up,
-)
+from config import Adapter, ModelParams, UserError
+from conftest import KINDS, Runner, cli, conversations, metrics_of, newest, set_up, weights_of
 from data import Encoder, collate, prepare_train
 from extras.console import SilentRecorder
 from model import AnswerModel, load_model, open_model
@@ -199,7 +195,7 @@ def test_a_resumed_run_has_the_same_bits(run: Runner) -> None:
 def test_the_base_stays_as_it_is_to_the_bit(run: Runner) -> None:
     made = set_up(run.config(**STEP, model_params__adapter=SMALL))
     before = {n: p.clone() for n, p in made.model.model.named_parameters()}
-    sft.loop(made, State(), SilentRecorder(), sft.Stop())
+    sft.loop(made, State(), SilentRecorder(), SimpleNamespace(requested=bool, signal=None))
     for name, parameter in made.model.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
     assert [kind for kind, _, trained in made.kinds if trained] == ["adapter"]
@@ -297,3 +293,203 @@ def test_every_family_takes_an_adapter(name: str, tmp_path: Path, tokenizer: Any
         for part, wanted in (("lora_A", b.T @ grad), ("lora_B", grad @ a.T)):
             off = float((found[f"{module}.{part}.weight"] - wanted).detach().norm())
             assert off < 1e-3 * max(float(wanted.detach().norm()), floor), (module, part)
+
+
+def test_training_goes_on_with_an_adapter_that_peft_wrote(
+    run: Runner, model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    """Its values are the beginning, its settings and its base stay; it lies without a tokenizer."""
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(model_dirs["llama"])
+    theirs = peft.get_peft_model(base, settings)
+    fill(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    directory = run(model=tmp_path / "theirs", **(STEP | {"model_params__learning_rate": 1e-6}))
+    before, after = adapter_of(tmp_path / "theirs"), adapter_of(directory / "best")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-5)
+    about = json.loads((directory / "best" / "sft.json").read_text())
+    assert about["base"] == str(model_dirs["llama"])
+    assert "training goes on with the adapter in" in capsys.readouterr().out
+    run.resume(directory, "trainer.params.max_steps=4")
+    other = {"r": 5, "alpha": 6, "target_modules": ["q_proj"]}
+    run(model=tmp_path / "theirs", model_params__adapter=other, code=2)
+    assert "model_name is an adapter with r=3 alpha=6" in capsys.readouterr().err
+    run(model=tmp_path / "theirs", model_params__adapter=other | {"r": 3}, **STEP)
+    run(model=tmp_path / "theirs", model_params__layers_not_to_freeze=[1], code=2)
+    assert "what it holds is trained, and nothing else" in capsys.readouterr().err
+
+
+def test_every_command_opens_adapters(
+    run: Runner, model_dirs: dict[str, Path], capsys: Any
+) -> None:
+    directory = run(model="gpt2", **STEP, model_params__adapter=SMALL)
+    log = run.test(model="gpt2", test_params__test_model_path=[None, str(directory)])
+    logs = [log.with_name(f"log.{i}.jsonl") for i in (1, 2)]
+    assert cli("test", "--compare", *logs) == 0
+    assert cli("ask", directory, "Two plus two?") == 0
+    assert cli("check", run.file(model=directory)) == 0
+    printed = capsys.readouterr().out
+    assert "r 4, alpha 8, 12 projections (c_attn, c_proj, c_fc)" in printed
+    answers = [[json.loads(line)["generated"] for line in one.open()] for one in logs]
+    assert answers[0] != answers[1]
+
+
+def test_a_base_that_has_changed_is_refused_on_resume_and_named_elsewhere(
+    run: Runner, model_dirs: dict[str, Path], tmp_path: Path, capsys: Any
+) -> None:
+    base = shutil.copytree(model_dirs["gpt_neo"], tmp_path / "base")
+    directory = run(model=base, **STEP, model_params__adapter=SMALL)
+    moved = base.rename(tmp_path / "moved")
+    run.test(model=directory, code=2)
+    assert f"its base, {base}, is not there" in capsys.readouterr().err
+    run.resume(directory, "trainer.params.max_steps=4", f"model_name={moved}")
+    run.test("--quiet", model=directory)
+    assert "weights have changed" not in capsys.readouterr().err
+    other = weights_of(model_dirs["gpt_neo"])
+    other["transformer.wte.weight"] += 1e-3
+    save_file(other, moved / "model.safetensors", metadata={"format": "pt"})
+    run.resume(directory, "trainer.params.max_steps=5", f"model_name={moved}", code=2)
+    assert "base: the checkpoint has" in capsys.readouterr().err
+    run.test("--quiet", model=directory, name="again")
+    assert f"{moved}: its weights have changed since the adapter in" in capsys.readouterr().err
+    run.test(model=directory, code=2)  # the log of before is of another model
+    assert "holds answers of another test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"use_dora": True}, "use_dora: True"),
+        ({"bias": "all"}, "bias: 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+        ({"peft_type": "IA3"}, "peft_type: 'IA3'"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"of_a_later_peft": 3}, "of_a_later_peft: 3"),
+        ({"r": None}, "r: None"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused_by_name(
+    changes: dict[str, Any], part: str, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    model, config = attached(model_dirs["llama"])
+    lora.save(model, dict(lora.saved(model)), config | changes, tmp_path)
+    with pytest.raises(UserError, match=re.escape(part)):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda t: {n: v for n, v in t.items() if "1.mlp.up_proj.lora_B" not in n}, "missing"),
+        (lambda t: {n: v[:1] if "lora_A" in n else v for n, v in t.items()}, "found [1, 32], not"),
+        (lambda t: t | {"base_model.model.x.lora_embedding_A": torch.ones(2)}, "nothing of this"),
+        (lambda t: {n: v / 0 for n, v in t.items()}, "not finite"),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(1536, 32)}, "tied"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    change: Any, part: str, model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    model, config = attached(model_dirs["qwen2"])
+    lora.save(model, dict(lora.saved(model)), config, tmp_path)
+    save_file(change(adapter_of(tmp_path)), tmp_path / lora.WEIGHTS)
+    with pytest.raises(UserError, match=re.escape(part)):
+        open_model(tmp_path)
+
+
+def test_names_that_match_nothing_are_refused_with_those_that_exist(
+    run: Runner, capsys: Any
+) -> None:
+    for names in (["q_prj"], ["lm_head"], ["mlp"]):
+        run(model="llama", model_params__adapter={"target_modules": names}, code=2)
+        message = capsys.readouterr().err
+        assert f"target_modules: found '{names[0]}'" in message
+        assert (
+            "known here: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in message
+        )
+    run(
+        model="llama",
+        model_params__adapter={},
+        model_params__layers_not_to_freeze=[0, 1, 2],
+        code=2,
+    )
+    assert "nothing of it is outside of the blocks that train whole" in capsys.readouterr().err
+
+
+def test_contradictions_are_named_together(run: Runner, capsys: Any) -> None:
+    run(
+        model_params__adapter={"r": 0, "target_modules": "q_proj", "rank": 3},
+        model_params__from_scratch=True,
+        model_params__do_freeze=True,
+        model_params__freeze_emb=True,
+        code=2,
+    )
+    message = capsys.readouterr().err
+    for part in (
+        "adapter.r: found 0",
+        "adapter.target_modules: found 'q_proj'",
+        "adapter.rank: unknown",
+    ):
+        assert part in message
+    run(
+        model_params__adapter={},
+        model_params__from_scratch=True,
+        model_params__do_freeze=True,
+        model_params__freeze_emb=True,
+        code=2,
+    )
+    message = capsys.readouterr().err
+    assert "2 problems" in message and "from_scratch: true; an adapter needs" in message
+    assert "do_freeze: true and freeze_ln, freeze_attn, freeze_ff, freeze_other: false" in message
+
+
+@pytest.mark.parametrize("adapter", [SMALL, None])
+def test_export(adapter: Any, run: Runner, tmp_path: Path, capsys: Any) -> None:
+    directory = run(model="llama", **STEP, model_params__adapter=adapter)
+    capsys.readouterr()
+    assert cli("export", directory, tmp_path / "whole") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"logits differ by at most [0-9.]+e-0[5-9]", printed) or "0.0e+00" in printed
+    assert "100% of the greedy answers are equal (6)" in printed
+    assert json.loads((tmp_path / "whole" / "sft.json").read_text())["global_step"] == 3
+    ids = torch.arange(20, 40)[None]
+    ours, theirs = (
+        open_model(directory / "best").model.eval(),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "whole"),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours.logits(ids), rtol=1e-4, atol=1e-4)
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names >= {"tokenizer.json", "generation_config.json", "config.json", "model.safetensors"}
+    assert cli("export", directory, tmp_path / "half", "bfloat16") == 0
+    assert {t.dtype for t in weights_of(tmp_path / "half").values()} == {torch.bfloat16}
+    assert cli("export", directory, tmp_path / "half") == 2
+    assert "already there" in capsys.readouterr().err
+
+
+def test_a_file_that_does_not_hold_the_adapter_is_not_saved(
+    run: Runner, model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """As if a rank's slice, or nothing, had been written."""
+    model, config = attached(model_dirs["llama"])
+    whole = dict(lora.saved(model))
+    with pytest.raises(UserError, match="does not hold the adapter"):
+        lora.save(model, whole | {n: t[:1] for n, t in list(whole.items())[:1]}, config, tmp_path)
+    monkeypatch.setattr(lora, "save_file", lambda tensors, path, **_: save_file({}, path))
+    directory = run(**STEP, model_params__adapter=SMALL, code=2)
+    assert not list(directory.glob("step-*")) and not (directory / "best").exists()
+
+
+def test_check_knows_what_is_usual_for_an_adapter(run: Runner, capsys: Any) -> None:
+    file = run.file(model_params__adapter=SMALL, model_params__learning_rate=1e-4)
+    assert cli("check", file) == 0
+    printed = capsys.readouterr()
+    assert "is low for a model of" in printed.err and "is usual for an adapter" in printed.err
+    assert re.search(r"^adapter +9,216 +9,216 +0$", printed.out, re.M)
+    size = 4 * 9216 / 1e6
+    assert (
+        f"disk      {3 * size:.1f} MB a checkpoint, 2 of them kept, best {size:.1f} MB"
+        in printed.out
+    )
