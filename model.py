@@ -150,7 +150,8 @@ def open_model(
     has_own = not adapter or any((directory / file).exists() for file in TOKENIZER_FILES)
     name = str(place if has_own else base)
     tokenizer = load_tokenizer(name)
-    loaded, remarks = load_model(str(base), from_scratch=from_scratch, dtype=dtype, seed=seed)
+    fresh = from_scratch and not adapter  # which means nothing on weights that it was not made for
+    loaded, remarks = load_model(str(base), from_scratch=fresh, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
     model, files = AnswerModel(loaded), _tokenizer_files(name, tokenizer)

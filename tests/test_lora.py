@@ -149,6 +149,27 @@ def test_our_files_are_those_that_peft_writes(model_dirs: dict[str, Path], tmp_p
         assert written[key] == value, key
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_neo"])
+def test_dropout_acts_in_every_adapter_while_it_trains(
+    kind: str, model_dirs: dict[str, Path], tokenizer: Any
+) -> None:
+    """The fused paths must leave it to the modules; 0.5 zeroes or doubles each input of A."""
+    model, _ = attached(model_dirs[kind], dropout=0.5)
+    first, gradients = loss_and_gradients(model, tokenizer)
+    assert all(grad.any() for grad in gradients.values())
+    assert gradients.keys() == lora.saved(model).keys()
+    assert first != loss_and_gradients(model, tokenizer)[0]
+    ids = torch.arange(20, 40)[None]
+    plain, _ = attached(model_dirs[kind])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+    for name in lora.targets(model.requires_grad_(False), lora.ALL_LINEAR):
+        model.get_submodule(name).train()
+        with torch.no_grad():
+            assert not torch.equal(model(ids).logits, plain(ids).logits), name
+        model.get_submodule(name).eval()
+
+
 def test_the_first_step_starts_from_the_loss_of_the_base(run: Runner) -> None:
     whole, adapted = run(**STEP), run(**STEP, model_params__adapter=SMALL)
     first = [metrics_of(one)[0]["loss"] for one in (whole, adapted)]
