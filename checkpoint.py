@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from config import TrainConfig, Trainer, UserError, resolved, walk
+from config import TrainConfig, Trainer, UserError, resolved
 
 if TYPE_CHECKING:
     from device import Device
@@ -529,6 +529,8 @@ def restore(
     Raises:
         UserError: it does not belong to this configuration, model or data.
     """
+    from extras.same_run import check_same_run
+
     stored = load_state(path)
     try:
         remarks = check_same_run(stored, config, identity, path)
@@ -549,53 +551,3 @@ def restore(
         state.wandb_id = ""
     state.saved_at, state.saved_step = state.moment(), state.global_step
     return state, size if ours else 0, remarks
-
-
-def check_same_run(
-    state: dict[str, Any], config: TrainConfig, identity: dict[str, Any], path: Path
-) -> list[str]:
-    """Compare a checkpoint with the configuration that wants to go on from it.
-
-    Args:
-        identity: fingerprints and sizes that must not have changed, by a name for messages.
-
-    Returns:
-        One remark for each key that differs and may: the configuration's value is used.
-
-    Raises:
-        UserError: naming everything that differs and would change what the state means.
-    """
-    stored, current = flatten(state["config"]), flatten(resolved(config))
-    wrong = [
-        f"{name}: the checkpoint has {state['identity'].get(name)}, this run has {value}"
-        for name, value in identity.items()
-        if state["identity"].get(name) != value
-    ]
-    remarks = []
-    for path_of_key, field in walk(TrainConfig):
-        extra = field.json_schema_extra
-        before, now = stored.get(path_of_key), current.get(path_of_key)
-        if before == now or path_of_key in ("trainer.ckpt_path", "wandb.api"):
-            continue
-        if isinstance(extra, dict) and extra.get("resume") == "free":
-            remarks.append(f"{path_of_key}: was {before}, goes on with {now}")
-        else:
-            wrong.append(f"{path_of_key}: the checkpoint has {before}, the configuration {now}")
-    if wrong:
-        raise UserError(
-            f"{path}: cannot be resumed with this configuration:\n"
-            + "\n".join(f"  {line}" for line in wrong)
-            + "\n  put these back, or start a new run in another trainer.checkpoint.dirpath"
-        )
-    return remarks
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one dictionary of full paths."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -11,6 +11,7 @@ was found, what is allowed and the nearest known name. Nothing here imports torc
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -95,6 +96,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 CountOrMinusOne = Annotated[int, Field(ge=-1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, or a name on the hub
 Template = Annotated[str, AfterValidator(_template)]
 Precision = Annotated[
     Literal["32-true", "16-mixed", "bf16-mixed", "bf16-true", "64-true"],
@@ -261,7 +263,7 @@ class ModelParams(Section):
 
 
 class Checkpoint(Section):
-    dirpath: str = free(..., "directory of the run")
+    dirpath: Place = free(..., "directory of the run")
     every_n_train_steps: PositiveInt = free(500, "optimizer steps between checkpoints")
     log_obj: str = free("val_loss", "metric that selects `best`", spellings=LOG_OBJ)
     mode: Literal["min", "max"] = free("min", "whether less or more of it is better")
@@ -301,13 +303,13 @@ class TrainerParams(Section):
 
 class Trainer(Section):
     checkpoint: Checkpoint
-    ckpt_path: str | None = free(None, "checkpoint to resume from, or `last`, or null")
+    ckpt_path: Place | None = free(None, "checkpoint to resume from, or `last`, or null")
     params: TrainerParams = section(TrainerParams)
 
 
 class TrainConfig(Section):
     data: TrainData
-    model_name: str = free(..., "hub id or local directory")
+    model_name: Place = free(..., "hub id or local directory")
     model_params: ModelParams = section(ModelParams)
     seed: Seed = key(42, "all randomness")
     trainer: Trainer
@@ -394,14 +396,14 @@ class TestData(Section):
 class TestParams(Section):
     batch_size: PositiveInt = key(16, "prompts at a time; changes speed, never an answer")
     do_compute_metrics: bool = key(True, "BLEU and ROUGE as well")
-    log_file: str = key(..., "the answers, one JSON object a line")
+    log_file: Place = key(..., "the answers, one JSON object a line")
     from_scratch: bool = key(
         False, "a model directory without weights is initialised from `seed`: a baseline"
     )
     save_steps: PositiveInt = key(
         200, "answers between two writes to the disk; a stop waits for the started ones"
     )
-    test_model_path: str | list[str | None] | None = key(
+    test_model_path: Place | list[Place | None] | None = key(
         None,
         "run, checkpoint or model directory to test; null: `model_name`; a list compares them",
     )
@@ -413,7 +415,7 @@ class TestConfig(Section):
     tpu: bool = key(False, "use a TPU through torch_xla; an error when there is none")
     data: TestData
     generate_params: GenerateParams = section(GenerateParams)
-    model_name: str = key(..., "hub id or local directory")
+    model_name: Place = key(..., "hub id or local directory")
     seed: Seed = key(42, "all randomness")
     test_params: TestParams
     wandb: Wandb | None = Field(None, description="no section: W&B is off")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,21 +297,6 @@ def _place(name: str) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def architecture(name: str) -> str:
-    """SHA-256 over what in a model's config decides the meaning of its weights.
-
-    Paths, versions and how it is run are left out, so a directory may move or be converted.
-    """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
-    kept = {
-        key: value
-        for key, value in config.items()
-        if key in ("model_type", "vocab_size", "activation_function", "hidden_act")
-        or re.search(r"size|hidden|layers|heads|num_|n_embd|n_layer|n_head|tie_|rope|window", key)
-    }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -66,10 +66,10 @@ from extras.console import Recorder, SilentRecorder
 from extras.formats import DataSource
 from extras.model_checks import check_ids, check_length, refuse_router_loss
 from extras.probe import check_trainable
+from extras.same_run import architecture
 from model import (
     AnswerModel,
     Opened,
-    architecture,
     checkpoint_activations,
     export,
     learning_rate,

@@ -25,6 +25,7 @@ import numpy as np
 
 import checkpoint
 from config import TestConfig, UserError, load, resolved, to_yaml
+from extras.same_run import flatten
 
 if TYPE_CHECKING:
     from checkpoint import State, Step
@@ -456,7 +457,7 @@ def _test_command(run: Run) -> str:
     for name in ("question_key", "answer_key"):
         settings[f"data.{name}"] = getattr(data, name)
     try:
-        there = checkpoint.flatten(resolved(load(TestConfig, file)))
+        there = flatten(resolved(load(TestConfig, file)))
     except UserError:
         there = {}
     overrides = [f"{name}={v}" for name, v in settings.items() if there.get(name) != v]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 import config as schema
 from config import TestConfig as ForTest  # pytest would collect a name like Test*
 from config import TrainConfig as ForTrain
-from config import UserError, load, resolved, to_yaml, walk
+from config import UserError, from_dict, load, resolved, to_yaml, walk
 from conftest import ROOT, Runner, cli, imported, write_yaml
 from docs.configuration import reference
 
@@ -446,3 +446,15 @@ def test_a_wrong_configuration_is_answered_without_torch(tmp_path: Path) -> None
     for command in ("train", "test"):
         modules = imported(command, path, code=2)
         assert modules and not {"torch", "transformers", "numpy", "wandb"} & modules
+
+
+def test_a_tilde_is_the_home_directory_in_every_path(
+    run: Runner, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wanted = run.config(model="~/model", trainer__ckpt_path="~/old")
+    wanted["trainer"]["checkpoint"]["dirpath"] = "~/run"
+    config = from_dict(ForTrain, wanted, "test")
+    assert config.trainer.checkpoint.dirpath == str(tmp_path / "run")
+    assert config.model_name == str(tmp_path / "model")
+    assert config.trainer.ckpt_path == str(tmp_path / "old")

@@ -18,10 +18,10 @@ import model as model_module
 from config import ModelParams, UserError
 from conftest import KINDS, item, tiny_config
 from data import IGNORE, Samples, collate
+from extras.same_run import architecture
 from extras.speed import GELU, SILU, FastLinear, linear, speed_up
 from model import (
     AnswerModel,
-    architecture,
     learning_rate,
     load_model,
     make_optimizer,
