@@ -3,6 +3,8 @@
     runs/facts/step-000300/   resumable: Hugging Face model + trainer_state.pt
     runs/facts/best/          the best model so far, Hugging Face format, nothing else needed
 
+Where an adapter is trained, it stands in the model's place, in PEFT's format.
+
 A checkpoint comes into being by one rename of a finished, fsynced directory that holds a manifest
 of its files' sizes and SHA-256. Whatever happens before leaves a `.tmp-` directory that the next
 start removes; whatever damages it later is seen by comparing with the manifest.
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import TrainConfig, Trainer, UserError, resolved
@@ -429,7 +431,8 @@ def find_model(name: str, warn: Callable[[str], None]) -> Path | str:
     path = Path(name)
     if not path.is_dir():
         return name
-    if not (path / "config.json").exists():  # then it is to be a run's
+    if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        # Then it is to be a run's.
         best = path / "best"
         if best.is_dir():
             path = best
@@ -458,13 +461,12 @@ def details(directory: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------- what a run consists of
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict in host memory, whole tensors; every rank must ask for it.
+def whole_state(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors in host memory, whole; every rank must ask for them.
 
     Rank 0, which writes them, gets the tensors, the others None. Names that share a tensor still
     share it.
     """
-    named = model.state_dict(keep_vars=True)
     distinct = {id(tensor): tensor for tensor in named.values()}
     whole = {i: _on_rank_zero(tensor) for i, tensor in distinct.items()}
     return {name: whole[id(tensor)] for name, tensor in named.items()}

@@ -218,7 +218,17 @@ class TrainData(Section):
     group_by_length: bool = key(True, "batches of samples of like lengths")
 
 
+class Adapter(Section):
+    r: PositiveInt = key(16, "rank: each adapted projection gets matrices of r rows and r columns")
+    alpha: PositiveInt = key(32, "what an adapter adds is scaled by alpha / r")
+    dropout: Share = key(0.0, "on what goes into an adapter, while it trains")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = key(
+        "all-linear", "names of projections, such as `[q_proj, v_proj]`, or `all-linear`"
+    )
+
+
 class ModelParams(Section):
+    adapter: Adapter | None = Field(None, description="no section: the model itself is trained")
     adam_betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = key(
         [0.9, 0.999], "AdamW's betas"
     )
@@ -326,6 +336,8 @@ class TrainConfig(Section):
         flags = ("freeze_emb", "freeze_ln", "freeze_attn", "freeze_ff", "freeze_other")
         if self.model_params.do_freeze and not any(getattr(self.model_params, f) for f in flags):
             yield f"model_params.do_freeze: found true, but none of {', '.join(flags)} is true"
+        if self.model_params.adapter is not None:
+            yield from _adapter_contradictions(self.model_params, flags)
         params = self.trainer.params
         if params.max_epochs == -1 and params.max_steps is None:
             yield "trainer.params.max_epochs: found -1 (endless), but max_steps is not set"
@@ -341,6 +353,19 @@ class TrainConfig(Section):
         yield from _generation_contradictions(
             "model_params.val_generate_params", self.model_params.val_generate_params
         )
+
+
+def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iterator[str]:
+    where = "model_params.adapter"
+    trained = [flag for flag in flags if not getattr(params, flag)]
+    if params.do_freeze and trained:
+        yield (
+            f"{where}: found together with do_freeze: true and {', '.join(trained)}: false, but "
+            "beside an adapter all of the model is frozen except layers_not_to_freeze, which acts "
+            "by itself; set do_freeze to false"
+        )
+    if params.from_scratch:
+        yield f"{where}: found together with from_scratch: true; an adapter needs a trained model"
 
 
 class TestData(Section):

@@ -234,7 +234,8 @@ def test_model(
     system = checkpoint.details(Path(place)).get("system")
     source = DataSource.configured(config.data, system)
     conversations = list(source.conversations(config.data.split, empty_answers=True))
-    opened = open_model(place, from_scratch=config.test_params.from_scratch, seed=config.seed)
+    fresh = config.test_params.from_scratch
+    opened = open_model(place, warn=console.warn, from_scratch=fresh, seed=config.seed)
     wanted = config.data.prompt_template
     if wanted is not None and opened.template not in (None, wanted):
         raise UserError(
@@ -266,7 +267,7 @@ def test_model(
     row("data", f"{config.data.data_dir} [{config.data.split}]: {counts.describe()}")
     new = config.generate_params.max_new_tokens
     row("", f"longest prompt {longest} tokens, at most {new} new ones")
-    log = AnswerLog(log_file, identity(config, place, source, encoder.template))
+    log = AnswerLog(log_file, identity(config, opened, source, encoder.template))
     ranks = device.ranks
     records = ranks.on_rank_zero(lambda: log.open(len(prompts), config.test_params.save_steps))
     if records:
@@ -384,14 +385,17 @@ def reference_losses(
 
 
 def identity(
-    config: TestConfig, place: Path | str, source: DataSource, template: str
+    config: TestConfig, opened: Opened, source: DataSource, template: str
 ) -> dict[str, Any]:
     """Everything that decides what the log will hold, by names for messages."""
+    place = opened.place
     digest = hashlib.sha256(str(place).encode() if isinstance(place, str) else b"")
     if isinstance(place, Path):
         for file in sorted(place.glob("*")):
             if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_FILES:
                 digest.update(f"{file.name} {checkpoint.sha256_of(file)}".encode())
+    if opened.adapter:
+        digest.update(opened.fingerprint.encode())
     values: dict[str, Any] = {
         "model": digest.hexdigest()[:16],
         "data": source.fingerprint[:16],
@@ -409,4 +413,4 @@ def identity(
     return values
 
 
-_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")

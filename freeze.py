@@ -3,11 +3,12 @@
 Every parameter is of one kind, found from what the modules around it are called and from where
 they stand, and not from one architecture's parameter names:
 
-    emb    token and position embeddings, and an output head that is tied to them
-    ln     every norm, the final one and those inside attention included
-    attn   attention, and what a block has in its place: state-space and recurrent mixers, whole
-    ff     feed-forward maps, experts and their routers
-    other  the rest: an untied output head, what a model adds to the residual stream itself, ...
+    emb      token and position embeddings, and an output head that is tied to them
+    ln       every norm, the final one and those inside attention included
+    attn     attention, and what a block has in its place: state-space and recurrent mixers, whole
+    ff       feed-forward maps, experts and their routers
+    other    the rest: an untied output head, what a model adds to the residual stream itself, ...
+    adapter  what lora.py adds to projections; with it, everything else is frozen
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def _kind(path: list[tuple[str, nn.Module]], stacks: set[int]) -> str:
         path = path[:-1]
     attribute, owner = path[-1]
     named = type(owner).__name__
+    if attribute in ("lora_A", "lora_B"):
+        return "adapter"
     if isinstance(owner, nn.Embedding) or named.endswith(("Embedding", "Embeddings")):
         return "emb"
     norms = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -117,12 +120,15 @@ def _meaning(name: str) -> str:
 def apply(model: nn.Module, params: ModelParams) -> None:
     """Set `requires_grad` of every parameter as the `freeze_*` keys say.
 
+    Of a model that is to get an adapter, only the blocks in `layers_not_to_freeze` train.
+
     Raises:
         UserError: a block index that the model does not have, or nothing left to train.
     """
-    if not params.do_freeze:
+    adapter = params.adapter is not None
+    if not adapter and not params.do_freeze:
         return
-    stack = blocks(model)
+    stack = blocks(model) if params.do_freeze or params.layers_not_to_freeze else []
     open_blocks = set()
     for index in params.layers_not_to_freeze:
         if not -len(stack) <= index < len(stack):
@@ -133,9 +139,9 @@ def apply(model: nn.Module, params: ModelParams) -> None:
         open_blocks.add(index % len(stack))
     kept = {id(p) for index in open_blocks for p in stack[index].parameters()}
     for _, kind, parameter in classify(model):
-        frozen = getattr(params, f"freeze_{kind}") and id(parameter) not in kept
+        frozen = (adapter or getattr(params, f"freeze_{kind}")) and id(parameter) not in kept
         parameter.requires_grad_(not frozen)
-    if not any(p.requires_grad for p in model.parameters()):
+    if not adapter and not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             "model_params: do_freeze leaves nothing to train; set one freeze_* key to false or "
             "name blocks in layers_not_to_freeze"
@@ -144,7 +150,7 @@ def apply(model: nn.Module, params: ModelParams) -> None:
 
 def report(model: nn.Module) -> list[tuple[str, int, int]]:
     """(kind, parameters, trainable parameters) for each kind that the model has."""
-    totals = {kind: [0, 0] for kind in KINDS}
+    totals = {kind: [0, 0] for kind in (*KINDS, "adapter")}
     for _, kind, parameter in classify(model):
         totals[kind][0] += parameter.numel()
         totals[kind][1] += parameter.numel() * parameter.requires_grad

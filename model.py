@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from transformers import (
 
 import checkpoint
 import freeze
+import lora
 from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
 from data import IGNORE, Batch, Encoder
-from extras import probe
+from extras import adapters, probe
 from extras.speed import (
     ChunkedLoss,
     SdpaGPTNeoAttention,
@@ -72,16 +74,25 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class Opened:
     """A model that is ready to be trained, tested or asked, and what belongs to it.
 
-    place: the directory or hub id that it comes from. files: its tokenizer's, by their names.
-    details: what its sft.json says, if it is ours. remarks: for the user.
+    place: the directory or hub id that it comes from. base: what an adapter there is one of, else
+    the same. adapter: adapter_config.json; None for a whole model. files: its tokenizer's, by
+    their names. details: what its sft.json says, if it is ours. remarks: for the user.
     """
 
     place: Path | str
+    base: Path | str
+    adapter: dict[str, Any] | None
     model: AnswerModel
     tokenizer: Any
     files: dict[str, bytes]
     details: dict[str, Any]
     remarks: list[str]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the base's weights."""
+        config = _file_of(str(self.base), "config.json")
+        return adapters.fingerprint(config.parent if config else Path(self.base))
 
     @property
     def template(self) -> str | None:
@@ -113,13 +124,17 @@ class Opened:
 def open_model(
     place: Path | str,
     *,
+    base: Path | str | None = None,
+    warn: Callable[[str], None] | None = None,
     from_scratch: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Opened:
-    """Open a hub id, a model directory or a checkpoint, see `checkpoint.find_model`.
+    """Open a hub id, a model directory, an adapter or a checkpoint, see `checkpoint.find_model`.
 
     Args:
+        base: stands in for the one that an adapter names. warn: is told if it is not the one that
+            the adapter was trained on.
         from_scratch: a directory without weights is initialised at random from `seed`; weights
             that are there are used all the same.
 
@@ -127,11 +142,24 @@ def open_model(
         UserError: there is none, it cannot be read, or it is not what it says it is.
     """
     _quiet_libraries()
-    name = str(place)
+    directory = Path(place)
+    base, adapter = lora.base_of(place, base)
+    # Adapters that others wrote may lie without a tokenizer.
+    has_own = not adapter or any((directory / file).exists() for file in TOKENIZER_FILES)
+    name = str(place if has_own else base)
     tokenizer = load_tokenizer(name)
-    loaded, remarks = load_model(name, from_scratch=from_scratch, dtype=dtype, seed=seed)
-    files, details = _tokenizer_files(name, tokenizer), checkpoint.details(Path(place))
-    return Opened(place, AnswerModel(loaded), tokenizer, files, details, remarks)
+    fresh = from_scratch and not adapter  # which means nothing on weights that it was not made for
+    loaded, remarks = load_model(str(base), from_scratch=fresh, dtype=dtype, seed=seed)
+    if adapter and (directory / "generation_config.json").exists():
+        loaded.generation_config = GenerationConfig.from_pretrained(directory)
+    model, files = AnswerModel(loaded), _tokenizer_files(name, tokenizer)
+    details = checkpoint.details(directory)
+    opened = Opened(place, base, adapter, model, tokenizer, files, details, remarks)
+    if adapter:
+        lora.load(loaded, directory, adapter)
+        remarks.append(adapters.describe(opened))
+        adapters.check_base(opened, warn or remarks.append)
+    return opened
 
 
 def _configured_ends(model: PreTrainedModel) -> list[int]:
@@ -548,21 +576,32 @@ def _tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
     return found
 
 
+def state_to_save(opened: Opened) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, which FSDP may keep in slices: the model, or its adapter."""
+    model = opened.model.model
+    return dict(lora.saved(model)) if opened.adapter else model.state_dict(keep_vars=True)
+
+
 def export(
     opened: Opened, weights: dict[str, Tensor], directory: Path, chat_template: str | None = None
 ) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
+    Of a model with an adapter, that of the model is PEFT's: the adapter, and not the model.
+
     Args:
-        weights: the model's state dict, whole tensors.
+        weights: what `state_to_save` names, as whole tensors.
         chat_template: instead of the tokenizer's own; see `Encoder.as_chat_template`.
     """
     model = opened.model.model
+    if opened.adapter:
+        lora.save(model, weights, opened.adapter, directory)
     # transformers refuses to write generation settings that many published models have, so these
     # are written apart. What the answers were trained to end with comes first.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        model.save_pretrained(directory, state_dict=weights)
+        if not opened.adapter:
+            model.save_pretrained(directory, state_dict=weights)
     finally:
         model.generation_config = own
     generation, ends = copy.deepcopy(own), opened.model.end_ids

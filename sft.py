@@ -6,6 +6,7 @@
     python sft.py check configs/trainer.yaml
     python sft.py ask   runs/facts "What is the capital of France?"
     python sft.py plot  runs/facts runs/other
+    python sft.py export runs/facts exported/facts bfloat16
 
 Any key of the file can be given as key.path=value behind it. `set_up` puts a run's parts together,
 `loop` is every step of it; the words of the command line stand in extras/command_line.py.
@@ -45,6 +46,7 @@ from torch import nn
 import checkpoint
 import evaluate
 import freeze
+import lora
 from checkpoint import State, Step, find_model
 from data import (
     Batch,
@@ -59,6 +61,7 @@ from data import (
 )
 from device import Device, explain, open_device, whole_tensor
 from evaluate import Validation, summed_loss
+from extras.adapters import check_continued, describe
 from extras.console import Recorder, SilentRecorder
 from extras.formats import DataSource
 from extras.model_checks import check_ids, check_length, refuse_router_loss
@@ -72,6 +75,7 @@ from model import (
     learning_rate,
     make_optimizer,
     open_model,
+    state_to_save,
     warmup_steps,
 )
 
@@ -214,9 +218,12 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     """
     params, ranks, remarks = config.trainer.params, device.ranks, list[str]()
     source = DataSource.configured(config.data)
-    base = find_model(config.model_name, remarks.append)
+    start = find_model(config.model_name, remarks.append)
+    base, _ = lora.base_of(start)
     opened = open_model(
-        resumed_from or base,
+        resumed_from or start,
+        base=base,
+        warn=remarks.append,
         from_scratch=config.model_params.from_scratch and not resumed_from,
         dtype=device.weights_dtype,
         seed=config.seed,
@@ -228,10 +235,19 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         remarks.append(f"weights from {resumed_from}")
     check_length(causal_lm, config.data.max_length, "data.max_length")
     refuse_router_loss(config.model_name, causal_lm.config)
-    freeze.apply(causal_lm, config.model_params)
+    if opened.adapter is None:
+        freeze.apply(causal_lm, config.model_params)
+        if config.model_params.adapter:
+            opened.adapter = lora.attach(causal_lm, config.model_params.adapter, config.seed)
+            remarks.append(describe(opened))
+    elif not resumed_from:
+        check_continued(opened, config.model_params)
+        remarks.append(f"training goes on with the adapter in {start}")
     if params.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
+    if opened.adapter and not reached:
+        remarks.append("a short text reaches a part of the adapters only, see docs/models.md")
 
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
@@ -254,6 +270,8 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         "data": source.fingerprint,
         SAMPLES_PER_STEP: plan.samples_per_step,
     }
+    if opened.adapter:
+        identity["base"] = opened.fingerprint
     device.seed(config.seed)
     return Run(
         config, device, opened, parallel, trainable, optimizer, kinds, source, encoder, splits,
@@ -459,7 +477,9 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
         "global_step": state.global_step,
         f"best_{run.config.trainer.checkpoint.log_obj}": state.best_value,
     }
-    weights = checkpoint.whole_state(run.model.model)
+    if run.opened.adapter:
+        about |= {"base": str(run.opened.base), "base_fingerprint": run.opened.fingerprint}
+    weights = checkpoint.whole_state(state_to_save(run.opened))
 
     def write(directory: Path) -> None:
         export(run.opened, weights, directory, run.encoder.as_chat_template())
@@ -497,6 +517,10 @@ def run_command(arguments: argparse.Namespace) -> int:
 
         options = (arguments.system, arguments.max_new_tokens, arguments.temperature)
         return ask(arguments.model, arguments.question, *options)
+    if arguments.command == "export":
+        from extras.export import export_model
+
+        return export_model(arguments.model, arguments.output, arguments.dtype)
     if arguments.command == "plot":
         from extras.plot import plot
 

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from transformers import TrainingArguments as Arguments
 
 IGNORE = -100
+VERSIONS = ("torch", "transformers", "trl", "peft", "lightning")
 
 # What is set beside TRL's defaults. One of them is gradient checkpointing, which costs time and
 # saves memory: the last three are without it, so that TRL's fastest setting is among the rows.
@@ -41,6 +43,10 @@ def main(name: str, path: str) -> None:
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    if job["adapter"]:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
     if name in TRL_SETTINGS:
         result = train_trl(model, job, TRL_SETTINGS[name])
     elif name == "transformers":
@@ -56,7 +62,7 @@ def main(name: str, path: str) -> None:
         "final_loss": result["losses"][-1],
         "held_out_loss": held_out_loss(model, job),
         "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in ("torch", "transformers", "trl", "lightning")},
+        "versions": {p: version(p) for p in VERSIONS if find_spec(p)},
     }
     print(json.dumps(result), flush=True)
 

@@ -2,6 +2,7 @@
 
     python benchmarks/training.py --shape gpt-neo-125m --peer-python ../bench/bin/python
     python benchmarks/training.py --shape tiny --same-loss --peer-python ../bench/bin/python
+    python benchmarks/training.py --shape smollm2-135m --lora --peer-python ../bench/bin/python
 
 Everyone trains one epoch of the same samples from the same weights, in a process of its own and in
 float32 on the CPU; peers.py says how. Every round runs each of them once, so that a change of the
@@ -23,8 +24,10 @@ without a window. 6 is two operations for each of forward, gradient of inputs, g
 (Kaplan et al. 2020, arXiv:2001.08361, section 2.1); 12 A is the same for the two products of
 attention. Operations on padding, on masked pairs, for a second forward pass (checkpointing), or in
 the head where no target is, are not useful. The usual 6 N T counts the head on every token; the
-share by that formula is named below the table. A share is of the rate of a 2048 x 2048 float32
-matrix product, measured before each round with the same number of threads.
+share by that formula is named below the table. With --lora everyone trains the same adapter (r 16,
+alpha 32, on all projections) from the same values, and a frozen weight has no gradient: 4 in the
+place of 6, and 6 times the adapter's parameters more. A share is of the rate of a 2048 x 2048
+float32 matrix product, measured before each round with the same number of threads.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "sft"
+FULL = "sft, no adapter"  # with --lora, to see what an adapter saves
 PEERS = (
     "trl",
     "trl-packing",
@@ -176,6 +180,23 @@ def make_model(shape: str, given: str | None, rows: list[dict[str, str]], direct
     tokenizer.save_pretrained(directory)
 
 
+def make_adapter(model: str, directory: str) -> int:
+    """A new adapter on all projections, for everyone to begin with; returns its parameters."""
+    sys.path.insert(0, str(ROOT))
+    import freeze
+    import lora
+    from config import Adapter, ModelParams
+    from model import load_model
+
+    loaded, _ = load_model(model)
+    adapter = Adapter(r=16, alpha=32)
+    freeze.apply(loaded, ModelParams(adapter=adapter))
+    config = lora.attach(loaded, adapter, seed=0)
+    Path(directory).mkdir()
+    lora.save(loaded, dict(lora.saved(loaded)), config, Path(directory))
+    return sum(p.numel() for p in lora.saved(loaded).values())
+
+
 def tokenise(rows: list[dict[str, str]], directory: str) -> list[dict[str, Any]]:
     """The ids that this project makes of each row, written down once more: README, "Sample"."""
     from transformers import AutoTokenizer
@@ -257,7 +278,7 @@ def run_peer(name: str, job: dict[str, Any], python: str) -> Result:
     return result
 
 
-def run_ours(job: dict[str, Any], python: str, overrides: list[str]) -> Result:
+def run_ours(job: dict[str, Any], python: str, overrides: list[str], full: bool) -> Result:
     """`sft.py train` as a user runs it, and what its metrics.jsonl says."""
     directory = Path(job["scratch"]) / "run"
     config = {
@@ -266,7 +287,7 @@ def run_ours(job: dict[str, Any], python: str, overrides: list[str]) -> Result:
             "batch_size": job["batch_size"],
             "max_length": job["max_length"],
         },
-        "model_name": job["model"],
+        "model_name": job["model"] if full else job["adapter"] or job["model"],
         "model_params": {
             "learning_rate": job["lr"],
             "weight_decay": 0.0,
@@ -325,7 +346,7 @@ def differences(name: str, result: Result, job: dict[str, Any], reference: float
     if len(result["losses"]) != result["steps"] or not all(map(math.isfinite, result["losses"])):
         problems.append("not one finite loss for each step")
     loss = result["held_out_loss"]
-    if not job["in_order"] and abs(loss / reference - 1) > HELD_OUT_TOLERANCE:
+    if not job["in_order"] and name != FULL and abs(loss / reference - 1) > HELD_OUT_TOLERANCE:
         problems.append(f"held-out loss {loss:.4f}, not about {reference:.4f}")
     return [f"{name}: {problem}" for problem in problems]
 
@@ -350,7 +371,7 @@ def table(results: dict[str, list[Result]], operations: float, matrix: float) ->
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for name, runs in sorted(results.items(), key=lambda item: -speeds[item[0]]):
         ordered = sorted(map(speed, runs))
-        rate = operations / runs[0]["tokens"] * speeds[name]
+        rate = operations * speeds[name] / runs[0]["tokens"]
         cells = [
             f"**{name}**" if name == OURS else name,
             f"{speeds[name]:,.1f}",
@@ -358,7 +379,7 @@ def table(results: dict[str, list[Result]], operations: float, matrix: float) ->
             f"{speeds[OURS] / speeds[name]:.2f}",
             f"{memory[name] / 1e9:.2f} GB",
             f"{memory[OURS] / memory[name]:.2f}",
-            f"{rate / matrix:.2f}",
+            "" if name == FULL else f"{rate / matrix:.2f}",
             f"{runs[0]['steps']}",
             f"{median(runs, lambda r: r['held_out_loss']):.4f}",
         ]
@@ -409,10 +430,13 @@ def arguments() -> argparse.Namespace:
     add("--python", default=sys.executable, help="where this project is installed")
     add("--same-loss", action="store_true", help="compare loss curves on samples in file order")
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="a key for sft.py")
+    add("--lora", action="store_true", help="train an adapter on frozen weights")
     add("--output", type=Path, help="every run's figures as JSON")
     args = parser.parse_args()
     if args.peers is None:
         args.peers = ["trl"] if args.same_loss else list(PEERS)
+        if args.lora:
+            args.peers = [name for name in args.peers if name.startswith("trl")]
     if args.same_loss and not set(args.peers) <= set(SAME_ORDER):
         parser.error(f"--same-loss: only {', '.join(SAME_ORDER)} can keep the samples' order")
     if args.same_loss:
@@ -446,6 +470,7 @@ def make_job(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
     return {
         "scratch": scratch,
         "model": model,
+        "adapter": f"{scratch}/adapter" if args.lora else None,
         "data": str(data),
         "samples": samples,
         "held_out": [ids for _, ids in held_out],
@@ -464,15 +489,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sft-benchmark-") as scratch:
         job = make_job(args, scratch)
         operations, usual = in_process(useful_operations, job["model"], job["samples"])
-        names = [OURS, *args.peers]
+        if args.lora:
+            adapter = in_process(make_adapter, job["model"], job["adapter"])
+            more = 6 * adapter * sum(len(s["input_ids"]) for s in job["samples"])
+            operations, usual = (4 / 6 * value + more for value in (operations, usual))
+        names = [OURS, *([FULL] if args.lora and not args.same_loss else []), *args.peers]
         results: dict[str, list[Result]] = {name: [] for name in names}
         matrix: list[float] = []
         for repeat in range(args.repeats):
             job["seed"] = 1 + repeat
             matrix.append(in_process(matrix_rate, args.threads))
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-                if name == OURS:
-                    result = run_ours(job, args.python, args.override)
+                if name in (OURS, FULL):
+                    result = run_ours(job, args.python, args.override, full=name == FULL)
                 else:
                     result = run_peer(name, job, args.peer_python)
                 results[name].append(result)

@@ -23,7 +23,8 @@ def reference() -> str:
         "checkpoint is resumed with another value: *fixed* is refused, *free* is used and named.",
         "",
         "`truncate_promt` and `log_obg` may be written `truncate_prompt` and `log_obj`, too.",
-        "Without a `wandb` section, W&B is off.",
+        "Without a `wandb` section, W&B is off; without `model_params.adapter` (`{}` takes its",
+        "defaults) the model itself is trained.",
     ]
     for title, schema in (("trainer.yaml", TrainConfig), ("test.yaml", TestConfig)):
         resume = schema is TrainConfig

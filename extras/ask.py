@@ -137,7 +137,8 @@ def ask(
         UserError: there is no such model, or a question does not fit into its context.
     """
     device = open_device()
-    opened = open_model(find_model(name, Console().warn))
+    warn = Console().warn
+    opened = open_model(find_model(name, warn), warn=warn)
     encoder = opened.encoder(None, conversations=bool(opened.tokenizer.chat_template))
     model = opened.model.eval()
     device.move_model(model)

@@ -218,8 +218,10 @@ def measure(run: Run, console: Console) -> Iterator[tuple[str, str]]:
         f"weights {mb(weights)}, gradients {mb(gradients)}, optimizer {mb(state)}; the process "
         f"had {mb(peak)} at the peak of a micro-batch with the longest samples",
     )
-    saved = run.config.trainer.checkpoint.save_top_k
-    yield "disk", f"{mb(weights + state)} a checkpoint, {saved} of them kept, best {mb(weights)}"
+    kept, saved = run.config.trainer.checkpoint.save_top_k, weights
+    if run.opened.adapter:
+        saved = gradients  # what trains, and no copy of the base
+    yield "disk", f"{mb(saved + state)} a checkpoint, {kept} of them kept, best {mb(saved)}"
     yield "speed", f"{int(samples.lengths.sum()) / epoch:,.0f} tokens/s"
     whole = epoch / plan.steps_per_epoch * plan.total_steps
     cache = (
@@ -239,27 +241,31 @@ def mb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def usual_learning_rate(parameters: int, from_scratch: bool) -> float:
+def usual_learning_rate(parameters: int, from_scratch: bool, adapter: bool = False) -> float:
     """The usual peak rate of AdamW for a model of so many parameters.
 
     From nothing: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation D.1:
-    0.003239 - 0.0001395 ln N. Fine-tuning: a tenth of it, for GPT-2's 124M parameters 6e-5.
+    0.003239 - 0.0001395 ln N. Fine-tuning: a tenth of it, for GPT-2's 124M parameters 6e-5. An
+    adapter: ten times that of fine-tuning, whatever its rank (Schulman and Thinking Machines Lab
+    2025, "LoRA Without Regret", thinkingmachines.ai/blog/lora).
     """
     rate = max(1e-5, 0.003239 - 0.0001395 * math.log(parameters))
-    return rate if from_scratch else rate / 10
+    return rate if from_scratch or adapter else rate / 10
 
 
 def warnings(run: Run, whole: Samples) -> Iterator[str]:
     params, data = run.config.model_params, run.config.data
     size = parameters_in(run.model.parameters())
-    usual, rate = usual_learning_rate(size, params.from_scratch), params.learning_rate
+    adapted, rate = run.opened.adapter is not None, params.learning_rate
+    usual = usual_learning_rate(size, params.from_scratch, adapted)
     # With few of them trained, such as the norms alone, rates are higher.
-    high = rate > 10 * usual and parameters_in(run.trainable) > size / 10
+    high = rate > 10 * usual and (adapted or parameters_in(run.trainable) > size / 10)
     if high or rate < usual / 10:
+        what = "an adapter" if adapted else "fine-tuning"
         yield (
             f"model_params.learning_rate: {rate:g} is {'high' if high else 'low'} for a model of "
             f"{size:,} parameters; about {usual:.0e} is usual "
-            f"{'from scratch' if params.from_scratch else 'for fine-tuning'}"
+            f"{'from scratch' if params.from_scratch else 'for ' + what}"
         )
     if run.plan.warmup > run.plan.total_steps / 2:
         yield (

@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     test = command("test", "answer a split's questions and score them, e.g. configs/test.yaml")
     check = command("check", "show what `train` would do with a YAML file, without training")
     ask = command("ask", "ask a model; several times at a prompt, or once")
+    export = command("export", "write a whole model of a run: its adapter merged, another dtype")
     plot = command("plot", "draw the curves of a run, or of several over each other")
     for one in (train, test, check):
         # `test --compare` needs no configuration.
@@ -66,6 +67,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ask.add_argument("--max-new-tokens", type=_length, default=256, metavar="N")
     ask.add_argument(
         "--temperature", type=_temperature, default=0.0, metavar="T", help="0: the likeliest token"
+    )
+    export.add_argument("model", help="a run's directory, a checkpoint or an adapter")
+    export.add_argument("output", help="a directory that is not there yet")
+    export.add_argument(
+        "dtype", nargs="?", default="float32", choices=("float32", "bfloat16", "float16")
     )
     plot.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory")
     plot.add_argument("--output", help="the PNG; default: curves.png in the run, or here")

@@ -75,8 +75,8 @@ class PrefixCache:
             raise UserError(
                 "model_params.cache_frozen_prefix: the input of the first block depends on "
                 "something that trains, or on dropout; freeze_emb and the freeze_* keys must "
-                "freeze the lowest blocks whole, and the model's dropouts must be 0 in its "
-                "config.json"
+                "freeze the lowest blocks whole (an adapter must leave them out), and the model's "
+                "dropouts must be 0 in its config.json"
             )
         for index, block in enumerate(self.blocks[: self.depth]):
             block.forward = self._bypass(block.forward, last=index == self.depth - 1)

@@ -170,6 +170,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 PLAIN = (Tensor, nn.Parameter)
+AdapterWeights = tuple[Tensor | None, Tensor | None, float]  # A [r, I], B [O, r] and their scale
+NO_ADAPTER: AdapterWeights = (None, None, 1.0)
 # An activation, and its gradient from that of its output and its input.
 GELU = (
     functools.partial(F.gelu, approximate="tanh"),
@@ -186,62 +188,109 @@ def is_plain(module: Any) -> bool:
     Not a subclass that scales or masks, not an adapter around it, nothing hooked onto it: only
     then may its weight be used without calling it.
     """
+    return type(module) in (nn.Linear, FastLinear) and not _is_hooked(module)
+
+
+def _is_hooked(module: Any) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(module) in (nn.Linear, FastLinear) and not any(
-        getattr(module, name, None) for name in hooks
-    )
+    return any(getattr(module, name, None) for name in hooks)
+
+
+def adapter_of(module: Any) -> AdapterWeights:
+    """Those of a linear map with one of lora.py's adapters, to be given to `linear`.
+
+    Not of one that must be called: something is hooked onto it, or its adapter has dropout.
+    """
+    adapted = isinstance(module, FastLinear) and hasattr(module, "lora_A")
+    if not adapted or _is_hooked(module) or (module.training and module.lora_dropout.p):
+        return NO_ADAPTER
+    return module.lora_A.weight, module.lora_B.weight, module.lora_scale
 
 
 class LinearFunction(torch.autograd.Function):
     """linear(activation(x) * up) that keeps x and up for the backward pass, and nothing else.
 
     They are the widest tensors of a block, three to four times the hidden size; computing the
-    activation and the product again costs about 1 % of a step.
+    activation and the product again costs about 1 % of a step. With an adapter (lora.py) its
+    r numbers of each row are kept too; its update is added in place.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any, up: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kind: Any,
+        up: Tensor | None,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """x, up [N, I], weight [C, I], bias [C] -> [N, C]; kind GELU, SILU or None"""
-        ctx.kind, ctx.dtype = kind, x.dtype
-        # Under a frozen weight, x is of no use afterwards.
-        needed = kind is not None or up is not None or ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needed else None, up, weight)
+        """x, up [N, I], weight [C, I], bias [C], a [r, I], b [C, r] -> [N, C]
+
+        kind: GELU, SILU or None.
+        """
+        ctx.kind, ctx.dtype, ctx.scale = kind, x.dtype, scale
         active = kind[0](x) if kind else x
-        return product(active if up is None else active.mul_(up), weight, bias)
+        active = active if up is None else active.mul_(up)
+        result, low = product(active, weight, bias), None
+        if a is not None and b is not None:
+            low = product(active, a) * scale
+            result.addmm_(low, b.T.to(result.dtype))
+        # Under a frozen weight, x is of no use afterwards.
+        needed = kind is not None or up is not None or ctx.needs_input_grad[1] or a is not None
+        ctx.save_for_backward(x if needed else None, up, weight, a, b, low)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad
+        x, up, weight, a, b, low = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, need_up = ctx.needs_input_grad[:5]
         (grad,) = outputs
-        x_grad = up_grad = weight_grad = None
+        x_grad = up_grad = weight_grad = a_grad = b_grad = low_grad = None
         active = ctx.kind[0](x) if ctx.kind else x
-        if need_weight:
+        if need_weight or a is not None:
             inputs = (active if up is None else active * up).to(grad.dtype)
-            weight_grad = product(grad.T, inputs.T).to(weight.dtype)
+            if need_weight:
+                weight_grad = product(grad.T, inputs.T).to(weight.dtype)
+            if a is not None:
+                low_grad = product(grad, b.T.to(grad.dtype)) * ctx.scale
+                a_grad = product(low_grad.T, inputs.T).to(a.dtype)
+                b_grad = torch.mm(grad.T, low.to(grad.dtype)).to(b.dtype)
             del inputs
         if need_x or need_up:
-            x_grad = product(grad, weight.T.to(grad.dtype)).to(ctx.dtype)
+            x_grad = product(grad, weight.T.to(grad.dtype))
+            if low_grad is not None:
+                x_grad.addmm_(low_grad, a.to(grad.dtype))
+            x_grad = x_grad.to(ctx.dtype)
             if up is not None:
                 up_grad = active.mul_(x_grad) if need_up else None
                 x_grad.mul_(up)
             if ctx.kind:
                 x_grad = ctx.kind[1](x_grad, x)
         bias_grad = grad.sum(0).to(weight.dtype) if need_bias else None
-        return x_grad, weight_grad, bias_grad, None, up_grad
+        return x_grad, weight_grad, bias_grad, None, up_grad, a_grad, b_grad, None
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: Any = None, up: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: Any = None,
+    up: Tensor | None = None,
+    adapter: AdapterWeights = NO_ADAPTER,
 ) -> Tensor:
-    """linear(activation(x) * up): x, up [..., I], weight [O, I], bias [O] -> [..., O]"""
-    if kind is None and not torch.is_grad_enabled():
+    """linear(activation(x) * up): x, up [..., I], weight [O, I], bias [O] -> [..., O]
+
+    adapter: see `adapter_of`.
+    """
+    if kind is None and adapter[0] is None and not torch.is_grad_enabled():
         return product(x, weight, bias)
     # Two dimensions inside: a view that a Function returns could not be changed in place.
     flat = None if up is None else up.reshape(-1, up.shape[-1])
-    result = LinearFunction.apply(x.reshape(-1, x.shape[-1]), weight, bias, kind, flat)
+    rows = x.reshape(-1, x.shape[-1])
+    result = LinearFunction.apply(rows, weight, bias, kind, flat, *adapter)
     return result.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -257,10 +306,11 @@ class FastConv1D(Conv1D):
 
 class FusedGPTNeoMLP(GPTNeoMLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
-        down = self.c_proj
-        if not torch.is_grad_enabled() or not is_plain(down):  # nothing is kept, or not ours
+        down, adapter = self.c_proj, adapter_of(self.c_proj)
+        ours = is_plain(down) or adapter[0] is not None
+        if not torch.is_grad_enabled() or not ours:  # then nothing is kept
             return super().forward(hidden_states)
-        x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU)
+        x = linear(self.c_fc(hidden_states), down.weight, down.bias, GELU, adapter=adapter)
         return self.dropout(x)
 
 
@@ -273,11 +323,12 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        adapter = adapter_of(down)
         if not torch.is_grad_enabled():
             return down(F.silu(gate).mul_(up))
-        if not is_plain(down):  # an adapter around it, say
+        if not is_plain(down) and adapter[0] is None:  # one with dropout, say
             return down(F.silu(gate) * up)
-        return linear(gate, down.weight, down.bias, SILU, up)
+        return linear(gate, down.weight, down.bias, SILU, up, adapter)
 
 
 class ScaledRMS(torch.autograd.Function):
@@ -304,7 +355,8 @@ class ScaledRMS(torch.autograd.Function):
         product = grad * normed
         mean = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
         x_grad = (grad * weight).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype)
-        return x_grad, product.flatten(0, -2).sum(0), None
+        weight_grad = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return x_grad, weight_grad, None
 
 
 class FusedRMSNorm(nn.Module):
