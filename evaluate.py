@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import uuid
@@ -36,7 +35,7 @@ from data import (
 )
 from device import Device, open_device
 from extras import metrics, report
-from extras.answer_log import AnswerLog
+from extras.answer_log import AnswerLog, identity
 from extras.console import Console, duration
 from extras.formats import DataSource
 from extras.generation import Answer, Batching, Decoding, check_token_ids, generate
@@ -382,35 +381,3 @@ def reference_losses(
         for row, part in zip(batch.rows, losses[: sum(counts)].split(counts)):
             results[int(row)] = (float(part.sum()), len(part))
     return results
-
-
-def identity(
-    config: TestConfig, opened: Opened, source: DataSource, template: str
-) -> dict[str, Any]:
-    """Everything that decides what the log will hold, by names for messages."""
-    place = opened.place
-    digest = hashlib.sha256(str(place).encode() if isinstance(place, str) else b"")
-    if isinstance(place, Path):
-        for file in sorted(place.glob("*")):
-            if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_FILES:
-                digest.update(f"{file.name} {checkpoint.sha256_of(file)}".encode())
-    if opened.adapter:
-        digest.update(opened.fingerprint.encode())
-    values: dict[str, Any] = {
-        "model": digest.hexdigest()[:16],
-        "data": source.fingerprint[:16],
-        "template": template,
-        "seed": config.seed,
-        "do_compute_metrics": config.test_params.do_compute_metrics,
-        "from_scratch": config.test_params.from_scratch,
-        "save_steps": config.test_params.save_steps,
-    }
-    data = resolved(config)["data"]
-    for name in ("split", "max_prompt_length", "truncate_promt"):
-        values[f"data.{name}"] = data[name]
-    for name, value in config.generate_params.model_dump().items():
-        values[f"generate_params.{name}"] = value
-    return values
-
-
-_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
@@ -33,6 +31,15 @@ import lora
 from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
 from data import IGNORE, Batch, Encoder
 from extras import adapters, probe
+from extras.model_files import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    file_of,
+    place_of,
+    refuse_pointers,
+    tokenizer_files,
+    write_chat_template,
+)
 from extras.speed import (
     ChunkedLoss,
     SdpaGPTNeoAttention,
@@ -48,21 +55,6 @@ if TYPE_CHECKING:
 # Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
 # the largest buffer that speed.set_allocator can keep).
 LOGITS_PER_CHUNK = 2**23
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # What configs call a soft cap on the logits.
 SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -91,7 +83,7 @@ class Opened:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base's weights."""
-        config = _file_of(str(self.base), "config.json")
+        config = file_of(str(self.base), "config.json")
         return adapters.fingerprint(config.parent if config else Path(self.base))
 
     @property
@@ -152,7 +144,7 @@ def open_model(
     loaded, remarks = load_model(str(base), from_scratch=fresh, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
-    model, files = AnswerModel(loaded), _tokenizer_files(name, tokenizer)
+    model, files = AnswerModel(loaded), tokenizer_files(name, tokenizer)
     details = checkpoint.details(directory)
     opened = Opened(place, base, adapter, model, tokenizer, files, details, remarks)
     if adapter:
@@ -174,12 +166,12 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    _refuse_pointers(Path(name), *TOKENIZER_FILES)
+    refuse_pointers(Path(name), *TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(
-            f"{_place(name)}: no tokenizer could be loaded: {first_line(error)}"
+            f"{place_of(name)}: no tokenizer could be loaded: {first_line(error)}"
         ) from None
 
 
@@ -200,28 +192,12 @@ def load_model(
             that are not those of this model or not finite numbers.
     """
     path = Path(name)
-    if from_scratch and not path.is_dir():
-        raise UserError(
-            f"model_name: {name}: from_scratch is for a local model directory without weights; "
-            "set it to false to use the weights of a hub model"
-        )
-    if path.exists() and not path.is_dir():
-        raise UserError(f"model_name: {name}: a file; allowed: a model directory or a hub id")
-    if path.is_dir() and not (path / "config.json").exists():
-        raise UserError(f"model_name: {name}: the directory has no config.json")
-    has_weights = any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES)
-    if path.is_dir() and not has_weights and not from_scratch:
-        raise UserError(
-            f"model_name: {name}: found a config but no weights; set from_scratch: true "
-            "(model_params.from_scratch, in a test test_params.from_scratch) to initialise them "
-            "at random, or name a directory with a model.safetensors"
-        )
-    _refuse_pointers(path, "config.json", *WEIGHT_FILES)
+    has_weights = check_place(name, from_scratch)
     remarks = []
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
@@ -245,7 +221,7 @@ def load_model(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
             weights = [p for pattern in WEIGHT_FILES for p in sorted(path.glob(pattern))]
-            file = str(weights[0]) if len(weights) == 1 else _place(name)
+            file = str(weights[0]) if len(weights) == 1 else place_of(name)
             remarks += check_loaded(file, model, found)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
@@ -253,23 +229,13 @@ def load_model(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{_place(name)}: cannot be loaded: {first_line(error)}") from None
-    if _file_of(name, "generation_config.json") is None:
+        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
+    if file_of(name, "generation_config.json") is None:
         # transformers then makes one from config.json, where a default may name any letter.
         model.generation_config.eos_token_id = None
     _own_memory(model)
     speed_up(model)
     return model, remarks
-
-
-def _refuse_pointers(directory: Path, *patterns: str) -> None:
-    """Raise a UserError for a file that `git lfs` has not fetched yet."""
-    from extras.model_checks import refuse_lfs_pointer
-
-    if directory.is_dir():
-        for pattern in patterns:
-            for file in directory.glob(pattern):
-                refuse_lfs_pointer(file)
 
 
 def _own_memory(model: PreTrainedModel) -> None:
@@ -280,19 +246,6 @@ def _own_memory(model: PreTrainedModel) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-
-
-def _file_of(name: str, file: str) -> Path | None:
-    """Where a file of a directory, or of a hub id that was loaded, lies; None if it has none."""
-    path: Any = Path(name) / file
-    if not Path(name).is_dir():
-        path = try_to_load_from_cache(name, file)
-    return Path(path) if isinstance(path, (str, Path)) and Path(path).is_file() else None
-
-
-def _place(name: str) -> str:
-    absent = " (not a local directory, as a run's is once it has trained; so taken as a hub id)"
-    return f"model_name: {name}" + ("" if Path(name).exists() else absent)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -559,23 +512,6 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 # ------------------------------------------------------------------------------------ export
 
 
-def _tokenizer_files(name: str, tokenizer: Any) -> dict[str, bytes]:
-    """The files that a tokenizer was loaded from, by their names.
-
-    A model is exported with these and not with what `tokenizer.save_pretrained` makes of them: it
-    writes the names of transformers 5, which transformers 4, llama.cpp and others do not know.
-
-    Args:
-        name: the hub id or the directory that it was loaded from.
-    """
-    found = {}
-    for file in sorted({*TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}):
-        path = _file_of(name, file)
-        if path is not None:
-            found[file] = path.read_bytes()
-    return found
-
-
 def state_to_save(opened: Opened) -> dict[str, Tensor]:
     """The tensors of a checkpoint, which FSDP may keep in slices: the model, or its adapter."""
     model = opened.model.model
@@ -611,14 +547,8 @@ def export(
         (directory / name).write_bytes(content)
     if not opened.files:  # one that needs none, such as a tokenizer of bytes
         opened.tokenizer.save_pretrained(directory)
-    if chat_template is None:
-        return
-    (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
-    settings = directory / "tokenizer_config.json"  # where older tokenizers have it
-    content = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-    if "chat_template" in content:
-        content["chat_template"] = chat_template
-        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+    if chat_template is not None:
+        write_chat_template(directory, chat_template)
 
 
 def _quiet_libraries() -> None:

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -29,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from config import TestConfig, TrainConfig, UserError, resolved, to_yaml
-from extras.command_line import INTERRUPTED, Stop, complain, configuration, parse
+from extras.command_line import (
+    INTERRUPTED,
+    Stop,
+    complain,
+    configuration,
+    end_process,
+    guarded,
+    parse,
+)
 
 if __name__ == "__main__":  # --help and a wrong file answer before the seconds that torch takes
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it is loaded: the end, no traceback
@@ -59,7 +65,7 @@ from data import (
     micro_batches,
     numbered,
 )
-from device import Device, explain, open_device, whole_tensor
+from device import Device, open_device, whole_tensor
 from evaluate import Validation, summed_loss
 from extras.adapters import check_continued, describe
 from extras.console import Recorder, SilentRecorder
@@ -533,36 +539,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return run_command(parse(argv))
-    except UserError as error:
-        complain(str(error))
-    except OSError as error:  # a disk that is full or gone, a directory that is not ours
-        complain(
-            f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
-        )
-    except RuntimeError as error:
-        message = explain(error)
-        if message is None:
-            raise
-        complain(message)
-        return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED + signal.SIGINT
-    return 2
+    return guarded(lambda: run_command(parse(argv)))
 
 
 if __name__ == "__main__":
-    if "WORLD_SIZE" not in os.environ:
-        sys.exit(main(sys.argv[1:]))
-    # One of several ranks ends at once: torch's process groups may hang in their destructors.
-    code = 1
-    try:
-        code = main(sys.argv[1:])
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    end_process(lambda: main(sys.argv[1:]))

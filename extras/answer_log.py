@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import checkpoint
-from config import UserError
+from config import TestConfig, UserError, resolved
+
+if TYPE_CHECKING:
+    from extras.formats import DataSource
+    from model import Opened
+
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass
@@ -83,3 +91,32 @@ class AnswerLog:
         content = {"samples": samples, "scores": summary, "settings": self.identity}
         text = json.dumps(content, indent=1)
         checkpoint.write_file(self.beside(".summary.json"), text.encode())
+
+
+def identity(
+    config: TestConfig, opened: Opened, source: DataSource, template: str
+) -> dict[str, Any]:
+    """Everything that decides what the log will hold, by names for messages."""
+    place = opened.place
+    digest = hashlib.sha256(str(place).encode() if isinstance(place, str) else b"")
+    if isinstance(place, Path):
+        for file in sorted(place.glob("*")):
+            if file.suffix in (".safetensors", ".bin") or file.name in _MODEL_FILES:
+                digest.update(f"{file.name} {checkpoint.sha256_of(file)}".encode())
+    if opened.adapter:
+        digest.update(opened.fingerprint.encode())
+    values: dict[str, Any] = {
+        "model": digest.hexdigest()[:16],
+        "data": source.fingerprint[:16],
+        "template": template,
+        "seed": config.seed,
+        "do_compute_metrics": config.test_params.do_compute_metrics,
+        "from_scratch": config.test_params.from_scratch,
+        "save_steps": config.test_params.save_steps,
+    }
+    data = resolved(config)["data"]
+    for name in ("split", "max_prompt_length", "truncate_promt"):
+        values[f"data.{name}"] = data[name]
+    for name, value in config.generate_params.model_dump().items():
+        values[f"generate_params.{name}"] = value
+    return values

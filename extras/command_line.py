@@ -9,6 +9,8 @@ import argparse
 import os
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from types import FrameType
 
 from config import TestConfig, TrainConfig, UserError, load
@@ -136,3 +138,45 @@ class Stop:
 
     def requested(self) -> bool:
         return self.signal is not None
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code of a command, with one message instead of a traceback for what users meet."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return command()
+    except UserError as error:
+        complain(str(error))
+    except OSError as error:  # a disk that is full or gone, a directory that is not ours
+        complain(
+            f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error)
+        )
+    except RuntimeError as error:
+        from device import explain
+
+        message = explain(error)
+        if message is None:
+            raise
+        complain(message)
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED + signal.SIGINT
+    return 2
+
+
+def end_process(command: Callable[[], int]) -> None:
+    """End the process with a command's exit code.
+
+    One of several ranks ends at once: torch's process groups may hang in their destructors.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(command())
+    code = 1
+    try:
+        code = command()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from config import UserError, first_line
-from extras.model_checks import refuse_lfs_pointer
+from extras.model_files import refuse_lfs_pointer
 
 SPLIT_NAMES = {
     "train": "train",

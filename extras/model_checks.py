@@ -7,7 +7,6 @@ enough for the texts, and no loss of its own beside that of the answers.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,21 +22,6 @@ NOT_WEIGHTS = re.compile(
     r"|[kv]_scale)$"
 )
 SHOWN_KEYS = 4
-LFS_POINTER = b"version https://git-lfs"
-
-
-def refuse_lfs_pointer(file: Path) -> None:
-    """Raise a UserError for what Git LFS leaves where it has not fetched the real file."""
-    try:
-        with file.open("rb") as handle:
-            start = handle.read(len(LFS_POINTER))
-    except OSError:
-        return  # whoever reads it says why
-    if start == LFS_POINTER:
-        raise UserError(
-            f"{file}: a Git LFS pointer, a few lines in place of the file itself; "
-            "`git lfs install && git lfs pull` in its repository fetches the file"
-        )
 
 
 def check_loaded(file: str, model: PreTrainedModel, found: dict[str, Any]) -> list[str]:
