@@ -34,6 +34,7 @@ from extras import adapters, probe
 from extras.model_files import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
+    check_place,
     file_of,
     place_of,
     refuse_pointers,
