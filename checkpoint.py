@@ -505,7 +505,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, content: dict[str, An
         }
     # How the update is computed belongs to this device and not to the one that wrote it.
     groups = [
-        before | {name: now[name] for name in ("fused", "foreach", "capturable")}
+        before | {name: now[name] for name in ("fused", "foreach", "capturable") if name in now}
         for before, now in zip(content["param_groups"], optimizer.param_groups)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

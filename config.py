@@ -225,12 +225,18 @@ class Adapter(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = key(
         "all-linear", "names of projections, such as `[q_proj, v_proj]`, or `all-linear`"
     )
+    quantize: Literal["nf4", "int8"] | None = key(
+        None, "keeps the frozen base in 4 or 8 bits while it trains, by bitsandbytes"
+    )
 
 
 class ModelParams(Section):
     adapter: Adapter | None = Field(None, description="no section: the model itself is trained")
     adam_betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = key(
         [0.9, 0.999], "AdamW's betas"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = key(
+        "adamw", "the others keep less; those in 8 bits by bitsandbytes, paged ones on GPUs only"
     )
     do_compute_metrics: bool = free(
         False, "also generate answers at each validation and score them"
@@ -240,7 +246,7 @@ class ModelParams(Section):
     warmup_steps_per_cent: Annotated[float, Field(ge=0, le=100)] = key(
         0.03, "linear warm-up: below 1 a share of all steps, from 1 to 100 a percentage"
     )
-    weight_decay: NotNegative = key(0.01, "AdamW's; not on biases and norms")
+    weight_decay: NotNegative = key(0.01, "not on biases and norms")
     do_freeze: bool = key(False, "turns the `freeze_*` keys on")
     freeze_emb: bool = key(False, "token and position embeddings stay fixed")
     freeze_ln: bool = key(False, "every norm stays fixed, the final one included")
@@ -260,6 +266,10 @@ class ModelParams(Section):
         64, "validation samples to answer when `do_compute_metrics`"
     )
     val_generate_params: GenerateParams = section(GenerateParams)
+
+    @property
+    def quantize(self) -> str | None:
+        return self.adapter.quantize if self.adapter else None
 
 
 class Checkpoint(Section):
@@ -348,6 +358,7 @@ class TrainConfig(Section):
             ):
                 if on:
                     yield f"{name}: does not go together with trainer.params.strategy: fsdp"
+        yield from _packed_contradictions(self.model_params, params)
         if params.max_epochs == 0:
             yield "trainer.params.max_epochs: found 0; allowed: an integer >= 1, or -1"
         yield from _generation_contradictions(
@@ -366,6 +377,19 @@ def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iter
         )
     if params.from_scratch:
         yield f"{where}: found together with from_scratch: true; an adapter needs a trained model"
+
+
+def _packed_contradictions(model: ModelParams, params: TrainerParams) -> Iterator[str]:
+    # FSDP cuts what has a parameter's shape, and bitsandbytes has no float64.
+    whole, exact = ("adamw", "sgd", None), ("adamw", "sgd", "adafactor", None)
+    for name, value in (("adapter.quantize", model.quantize), ("optimizer", model.optimizer)):
+        where = f"model_params.{name}: found {value!r}, which does not go together with"
+        if params.strategy == "fsdp" and value not in whole:
+            yield f"{where} trainer.params.strategy: fsdp"
+        if params.precision == "64-true" and value not in exact:
+            yield f"{where} trainer.params.precision: 64"
+    if model.optimizer in ("adafactor", "sgd") and not _is_default(model, "adam_betas"):
+        yield f"model_params.adam_betas: found, but optimizer: {model.optimizer} has none"
 
 
 class TestData(Section):

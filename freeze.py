@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from config import ModelParams, UserError
 
@@ -148,10 +149,15 @@ def apply(model: nn.Module, params: ModelParams) -> None:
         )
 
 
+def size(parameter: Tensor) -> int:
+    """How many numbers it stands for; those of 4 bits lie two in a byte (extras/quantize.py)."""
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+
+
 def report(model: nn.Module) -> list[tuple[str, int, int]]:
     """(kind, parameters, trainable parameters) for each kind that the model has."""
     totals = {kind: [0, 0] for kind in (*KINDS, "adapter")}
     for _, kind, parameter in classify(model):
-        totals[kind][0] += parameter.numel()
-        totals[kind][1] += parameter.numel() * parameter.requires_grad
+        totals[kind][0] += size(parameter)
+        totals[kind][1] += size(parameter) * parameter.requires_grad
     return [(kind, total, trained) for kind, (total, trained) in totals.items() if total]

@@ -61,7 +61,7 @@ class LoRA(nn.Module):
 
 
 @functools.cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+def adapted(kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"LoRA{kind.__name__}", (LoRA, kind), {})
 
 
@@ -69,7 +69,7 @@ def _add(module: nn.Linear | Conv1D, config: dict[str, Any]) -> None:
     """Make a projection one with an adapter, of weights that are still to be filled in."""
     r, weight = config["r"], module.weight
     size_out, size_in = weight.T.shape if isinstance(module, Conv1D) else weight.shape
-    module.__class__ = _adapted(type(module))  # type: ignore[arg-type]
+    module.__class__ = adapted(type(module))  # type: ignore[arg-type]
     module.lora_A = FastLinear(size_in, r, bias=False, dtype=weight.dtype, device=weight.device)
     module.lora_B = FastLinear(r, size_out, bias=False, dtype=weight.dtype, device=weight.device)
     module.lora_dropout = nn.Dropout(config["lora_dropout"])

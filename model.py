@@ -467,8 +467,10 @@ def _cross_entropy(logits: Tensor, target_ids: Tensor, reduction: str = "sum") -
 # --------------------------------------------------------------------- optimizer and schedule
 
 
-def make_optimizer(model: PreTrainedModel, params: ModelParams) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on neither biases nor norms.
+def make_optimizer(model: PreTrainedModel, params: ModelParams) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, or what else the configuration names.
+
+    Weight decay on neither biases nor norms.
 
     One kernel for all parameters (`fused`) where there is one; on XLA, the step's number is kept
     on the device (`capturable`), so that the update is part of the graph.
@@ -484,8 +486,13 @@ def make_optimizer(model: PreTrainedModel, params: ModelParams) -> torch.optim.A
         {"params": decayed, "weight_decay": params.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if params.optimizer != "adamw":
+        from extras.quantize import small_optimizer
+
+        return small_optimizer(params, groups)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=params.learning_rate,
         betas=(params.adam_betas[0], params.adam_betas[1]),
         fused=not xla,
@@ -561,4 +568,4 @@ def _quiet_libraries() -> None:
 
 
 def parameters_in(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
+    return sum(map(freeze.size, parameters))

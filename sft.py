@@ -249,6 +249,10 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     elif not resumed_from:
         check_continued(opened, config.model_params)
         remarks.append(f"training goes on with the adapter in {start}")
+    if kind := config.model_params.quantize:
+        from extras.quantize import quantize
+
+        remarks.append(quantize(causal_lm, kind, device.torch_device))
     if params.gradient_checkpointing:
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
@@ -485,6 +489,7 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
     }
     if run.opened.adapter:
         about |= {"base": str(run.opened.base), "base_fingerprint": run.opened.fingerprint}
+        about["quantize"] = run.config.model_params.quantize
     weights = checkpoint.whole_state(state_to_save(run.opened))
 
     def write(directory: Path) -> None:

@@ -129,7 +129,13 @@ def describe(opened: Opened) -> str:
     config, names = opened.adapter or {}, names_of(opened.model.model)
     short = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
     sizes = f"r {config['r']}, alpha {config['lora_alpha']}"
-    return f"adapter on {opened.base}: {sizes}, {len(names)} projections ({short})"
+    about = f"adapter on {opened.base}: {sizes}, {len(names)} projections ({short})"
+    if kind := opened.details.get("quantize"):
+        about += (
+            f"; it was trained with the base in {kind}, which is whole here unless "
+            "model_params.adapter.quantize is set"
+        )
+    return about
 
 
 def check_continued(opened: Opened, params: ModelParams) -> None:

@@ -206,6 +206,10 @@ def measure(run: Run, console: Console) -> Iterator[tuple[str, str]]:
     epoch = token_seconds * int(samples.lengths.sum()) + step_seconds * plan.steps_per_epoch
 
     weights = bytes_of(run.model.parameters())
+    if run.config.model_params.quantize:
+        from extras.quantize import scales_of
+
+        weights += bytes_of(scales_of(run.model))
     gradients = bytes_of(run.trainable)
     state = bytes_of(
         value

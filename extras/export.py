@@ -29,6 +29,7 @@ from extras.model_checks import context_length
 from model import Opened, export, open_model, parameters_in, state_to_save
 
 PROMPTS, NEW_TOKENS, BATCH = 8, 32, 4
+OF_ADAPTERS = ("base", "base_fingerprint", "quantize")  # in sft.json; not of a whole model
 # Where the run's data are not there any more.
 QUESTIONS = ("What is the capital of France?", "Two plus two?", "Name three primary colours.")
 
@@ -110,7 +111,7 @@ def write(opened: Opened, target: Path, dtype: torch.dtype) -> None:
     lost = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     if lost:
         raise UserError(f"{dtype}: too small for numbers of {', '.join(lost[:4])}; use bfloat16")
-    about = {k: v for k, v in opened.details.items() if k not in ("base", "base_fingerprint")}
+    about = {k: v for k, v in opened.details.items() if k not in OF_ADAPTERS}
     about["exported_from"] = str(opened.place)
 
     def write_files(directory: Path) -> None:
