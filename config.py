@@ -348,17 +348,20 @@ class TrainConfig(Section):
             yield f"model_params.do_freeze: found true, but none of {', '.join(flags)} is true"
         if self.model_params.adapter is not None:
             yield from _adapter_contradictions(self.model_params, flags)
-        params = self.trainer.params
+        model, params = self.model_params, self.trainer.params
+        if model.optimizer in ("adafactor", "sgd") and not _is_default(model, "adam_betas"):
+            yield f"model_params.adam_betas: found, but optimizer: {model.optimizer} has none"
         if params.max_epochs == -1 and params.max_steps is None:
             yield "trainer.params.max_epochs: found -1 (endless), but max_steps is not set"
         if params.strategy == "fsdp":
             for name, on in (
+                ("model_params.adapter.quantize", model.quantize),
+                ("model_params.optimizer", model.optimizer not in ("adamw", "sgd")),
                 ("model_params.cache_frozen_prefix", self.model_params.cache_frozen_prefix),
                 ("trainer.params.compile", params.compile),
             ):
                 if on:
                     yield f"{name}: does not go together with trainer.params.strategy: fsdp"
-        yield from _packed_contradictions(self.model_params, params)
         if params.max_epochs == 0:
             yield "trainer.params.max_epochs: found 0; allowed: an integer >= 1, or -1"
         yield from _generation_contradictions(
@@ -377,19 +380,6 @@ def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iter
         )
     if params.from_scratch:
         yield f"{where}: found together with from_scratch: true; an adapter needs a trained model"
-
-
-def _packed_contradictions(model: ModelParams, params: TrainerParams) -> Iterator[str]:
-    # FSDP cuts what has a parameter's shape, and bitsandbytes has no float64.
-    whole, exact = ("adamw", "sgd", None), ("adamw", "sgd", "adafactor", None)
-    for name, value in (("adapter.quantize", model.quantize), ("optimizer", model.optimizer)):
-        where = f"model_params.{name}: found {value!r}, which does not go together with"
-        if params.strategy == "fsdp" and value not in whole:
-            yield f"{where} trainer.params.strategy: fsdp"
-        if params.precision == "64-true" and value not in exact:
-            yield f"{where} trainer.params.precision: 64"
-    if model.optimizer in ("adafactor", "sgd") and not _is_default(model, "adam_betas"):
-        yield f"model_params.adam_betas: found, but optimizer: {model.optimizer} has none"
 
 
 class TestData(Section):

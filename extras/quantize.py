@@ -21,7 +21,7 @@ rounding, so that training would go on with another base.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ from extras.speed import FastConv1D, FastLinear, product
 BLOCK = 64  # weights that have a scale together in nf4
 # What can be packed: maps that are their weight and bias and nothing else. Beside each what is left
 # of it when the faster forward, which reads the weight, is gone.
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+PLAIN: dict[type, Any] = {
     nn.Linear: nn.Linear,
     FastLinear: nn.Linear,
     Conv1D: Conv1D,
@@ -44,19 +44,21 @@ PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def bitsandbytes(key: str, device: torch.device) -> Any:
+def bitsandbytes(key: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The library, for what a configuration key asks for.
 
     Raises:
-        UserError: it is not installed, or has nothing for the device.
+        UserError: it is not installed, or has nothing for the device or the weights' dtype.
     """
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"{key}: bitsandbytes is used on CPUs and CUDA GPUs, not on {device.type}")
+        raise UserError(f"{key}; bitsandbytes is used on CPUs and CUDA GPUs, not on {device.type}")
+    if dtype == torch.float64:
+        raise UserError(f"{key}; bitsandbytes has no float64 (trainer.params.precision: 64)")
     try:
         import bitsandbytes as library
     except ImportError:
         raise UserError(
-            f"{key}: needs bitsandbytes: pip install -r requirements-quantized.txt"
+            f"{key}, which needs bitsandbytes: pip install -r requirements-quantized.txt"
         ) from None
     return library
 
@@ -116,7 +118,7 @@ class Product(torch.autograd.Function):
 
 
 @functools.cache
-def _quantized(kind: type[nn.Module]) -> type[nn.Module]:
+def _quantized(kind: Any) -> Any:
     return type(f"Quantized{kind.__name__}", (Quantized, kind), {})
 
 
@@ -132,7 +134,7 @@ def quantize(model: PreTrainedModel, kind: str, device: torch.device) -> str:
         UserError: see `bitsandbytes`; or nothing can be packed.
     """
     key = f"model_params.adapter.quantize: found {kind!r}"
-    library = bitsandbytes(key, device)
+    library = bitsandbytes(key, device, model.dtype)
     before = _bytes(model.parameters())
     names = []
     for name, module in lora.projections(model).items():
@@ -144,7 +146,7 @@ def quantize(model: PreTrainedModel, kind: str, device: torch.device) -> str:
         packed, scales = _pack(library, whole.to(device).contiguous(), kind)
         module.weight = nn.Parameter(packed, requires_grad=False)
         packing = _quantized(PLAIN[own])
-        module.__class__ = lora.adapted(packing) if adapted else packing  # type: ignore[assignment]
+        module.__class__ = lora.adapted(packing) if adapted else packing
         module.scales, module.width = scales, whole.shape[1]  # type: ignore[assignment]
         names.append(name)
     if not names:
@@ -179,7 +181,7 @@ def scales_of(model: nn.Module) -> Iterator[Tensor]:
             )  # fmt: skip
 
 
-def _bytes(tensors: Iterator[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -201,7 +203,8 @@ def small_optimizer(params: ModelParams, groups: list[dict[str, Any]]) -> torch.
     Raises:
         UserError: the parameters are on a device that cannot do it.
     """
-    name, device = params.optimizer, groups[0]["params"][0].device
+    name, first = params.optimizer, groups[0]["params"][0]
+    device = first.device
     key = f"model_params.optimizer: found {name!r}"
     if device.type == "xla":
         raise UserError(f"{key}; allowed on a TPU: adamw")
@@ -209,7 +212,7 @@ def small_optimizer(params: ModelParams, groups: list[dict[str, Any]]) -> torch.
         return torch.optim.Adafactor(groups, lr=params.learning_rate)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=params.learning_rate)
-    library, paged = bitsandbytes(key, device), name.startswith("paged")
+    library, paged = bitsandbytes(key, device, first.dtype), name.startswith("paged")
     if paged and device.type != "cuda":
         raise UserError(f"{key}, which needs a CUDA GPU; allowed here: adamw_8bit")
     return library.optim.AdamW8bit(
