@@ -729,10 +729,11 @@ def prepare_inference(
 def validation_prompts(
     samples: Samples, count: int, source: DataSource, split: str
 ) -> list[Prompt]:
-    """The questions of the first `count` samples, with the very ids that training sees."""
-    wanted = {int(samples.rows[i]): i for i in range(min(count, len(samples)))}
+    """What the first `count` samples answer last, with the very ids that training sees."""
+    last = {int(row): i for i, row in enumerate(samples.rows)}  # of a row that makes several
+    wanted = set(samples.rows[:count].tolist())
     return [
-        Prompt(conversation, samples.prompt(wanted[conversation.row]))
+        Prompt(conversation, samples.prompt(last[conversation.row]))
         for conversation in source.conversations(split)
         if conversation.row in wanted
     ]
