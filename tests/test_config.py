@@ -79,7 +79,7 @@ def test_five_different_mistakes_stand_in_one_message(
         "seed: found 'one' (str); allowed: an integer",
         "model_params.adam_betas.1: found 1.5 (float); allowed: less than 1",
         "trainer.checkpoint.dirpath: missing; it is required (directory of the run)",
-        "trainer.checkpoint.mode: found 'max', but of val_loss 'min' is the best",
+        "trainer.checkpoint.mode: found 'max'; allowed: 'min', for val_loss",
     ):
         assert part in error
 
