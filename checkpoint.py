@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -256,15 +256,27 @@ def locked(run: Path) -> Iterator[None]:
             f"({error.strerror}); name a directory that can"
         ) from None
     with handle:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{run}: another process is training in this directory") from None
-            except OSError:
-                pass  # a file system without locks
+        try:
+            lock(handle, wait=False)
+        except BlockingIOError:
+            raise UserError(f"{run}: another process is training in this directory") from None
         _clean_up(run)
         yield
+
+
+def lock(handle: IO[str], *, wait: bool) -> None:
+    """Lock an open file for this process, where the system and the file system have locks.
+
+    Raises:
+        BlockingIOError: another process has it, and `wait` is false.
+    """
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
 
 
 def _clean_up(run: Path) -> None:

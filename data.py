@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,6 +45,9 @@ INPUT_IDS, TARGET_MASK = "input_ids.bin", "target_mask.bin"  # files of `prepare
 # ------------------------------------------------------------------------------ conversations
 
 
+NOTHING: Mapping[str, Any] = {}
+
+
 class Message(NamedTuple):
     """What one party says.
 
@@ -56,7 +58,7 @@ class Message(NamedTuple):
     role: str
     text: str
     trained: bool = False
-    fields: Mapping[str, Any] = MappingProxyType({})
+    fields: Mapping[str, Any] = NOTHING
 
 
 class Conversation(NamedTuple):

@@ -613,12 +613,10 @@ def export(
         opened.tokenizer.save_pretrained(directory)
     if chat_template is None:
         return
-    # Where the tokenizer keeps its own; without one, where every version and tool looks for it.
-    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    (directory / "chat_template.jinja").write_text(chat_template, "utf-8")
+    settings = directory / "tokenizer_config.json"  # where older tokenizers have it
     content = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
-    if file.exists():
-        file.write_text(chat_template, "utf-8")
-    if not file.exists() or "chat_template" in content:
+    if "chat_template" in content:
         content["chat_template"] = chat_template
         settings.write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
 

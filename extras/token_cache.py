@@ -7,11 +7,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from checkpoint import lock
 from config import UserError
 from data import (
     INPUT_IDS,
@@ -50,10 +53,13 @@ def cached_samples(
         samples = prepare_train(source.conversations(split), encoder, max_length, truncate_prompt)
         return samples, overlap(source)
     try:
-        _write_entry(scratch, source, split, encoder, max_length, truncate_prompt)
-        if _read_entry(entry) is None:  # else another process was first
-            shutil.rmtree(entry, ignore_errors=True)
-        scratch.rename(entry)
+        with _one_at_a_time(root / f".{name}.lock"):
+            found = _read_entry(entry)  # made while this process waited
+            if found is not None:
+                return found
+            _write_entry(scratch, source, split, encoder, max_length, truncate_prompt)
+            shutil.rmtree(entry, ignore_errors=True)  # a damaged one
+            scratch.rename(entry)
     except OSError as error:
         if _read_entry(entry) is None:
             raise UserError(
@@ -66,6 +72,17 @@ def cached_samples(
     if made is None:
         raise UserError(f"{entry}: the token cache changes while it is used; start again")
     return made
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for the process that is inside, whose work then is there already."""
+    with path.open("w") as handle:
+        lock(handle, wait=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _read_entry(entry: Path) -> tuple[Samples, dict[str, int]] | None:

@@ -121,7 +121,7 @@ def test_a_mistake_of_the_test_command_is_reported_the_same_way(run: Runner, cap
         ("data.batch_size='2'", "data.batch_size: found '2' (str); allowed: an integer"),
         ("data.on_tpu=1", "data.on_tpu: found 1 (int); allowed: true or false"),
         ("data.on_tpu='yes'", "data.on_tpu: found 'yes' (str); allowed: true or false"),
-        ("data.prompt_template=Q", "allowed: a text that holds {question} exactly once"),
+        ("data.prompt_template=Q", "allowed: 'chat' or a text that holds {question} exactly once"),
         ("data.prompt_template='{question}{question}'", "{question} exactly once"),
         ("model_params.learning_rate=0", "learning_rate: found 0 (int); allowed: greater than 0"),
         ("model_params.learning_rate=.inf", "learning_rate: found inf (float); allowed: a finite"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -777,3 +780,33 @@ def test_a_split_of_which_nothing_is_left_is_cached_too(
     for _ in range(2):
         got, _ = cached_samples(DataSource.open(data_file), "train", encoder, 2, True)
         assert len(got) == 0 and got.counts.dropped == 22
+
+
+def test_two_starts_at_once_share_the_work(
+    cache: Path, data_file: Path, encoder: Encoder, monkeypatch: Any
+) -> None:
+    """The first one encodes slowly; the second one waits for it and takes what it made."""
+    from extras import token_cache
+
+    rows_encoded: list[int] = []
+    original, started = token_cache.prepare_train, threading.Event()
+
+    def slow(conversations: Any, *rest: Any) -> Samples:
+        started.set()
+        read = list(conversations)
+        rows_encoded.append(len(read))
+        time.sleep(0.5)
+        return original(read, *rest)
+
+    monkeypatch.setattr(token_cache, "prepare_train", slow)
+
+    def start() -> Samples:
+        return cached_samples(DataSource.open(data_file), "train", encoder, 64, True)[0]
+
+    with ThreadPoolExecutor() as pool:  # a lock is of an open file, so threads have two as well
+        first = pool.submit(start)
+        started.wait(10)
+        second = pool.submit(start)
+        assert same(first.result(), second.result())
+    assert rows_encoded == [22]
+    assert len(list(cache.iterdir())) == 1

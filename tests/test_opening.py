@@ -336,6 +336,18 @@ def test_the_tokenizers_files_are_shipped_unchanged(llama: Path, run: Runner) ->
     assert len(names) >= 3
     directory = run(model=llama, trainer__params__max_epochs=1)
     run.resume(directory, "trainer.params.max_epochs=2")
+    names.remove("chat_template.jinja")  # that one becomes what the model was trained with
     for place in (directory / "best", newest(directory)):
         for name in names:
             assert (place / name).read_bytes() == (llama / name).read_bytes(), name
+        assert "one question with one answer" in (place / "chat_template.jinja").read_text()
+
+
+def test_a_chat_template_among_the_settings_is_replaced_there_too(llama: Path, run: Runner) -> None:
+    change_json(llama / "tokenizer_config.json", chat_template="{{ messages[0]['content'] }}")
+    best = run(model=llama, trainer__params__max_epochs=1) / "best"
+    before, after = (
+        json.loads((place / "tokenizer_config.json").read_text()) for place in (llama, best)
+    )
+    assert after.pop("chat_template") == (best / "chat_template.jinja").read_text()
+    assert before.pop("chat_template") and before == after
