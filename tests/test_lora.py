@@ -184,7 +184,8 @@ def test_a_checkpoint_holds_the_adapter_and_what_it_is_one_of(
     directory = run(**STEP, model_params__adapter=SMALL)
     names = {path.name for path in newest(directory).iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json",
         "manifest.json", "sft.json", "tokenizer.json", "tokenizer_config.json", "trainer.yaml",
         "trainer_state.pt",
     }  # fmt: skip
