@@ -174,7 +174,7 @@ def test_contradictions_are_found_beside_a_missing_and_a_wrong_key(refuse: Any) 
 def test_a_metric_needs_its_own_direction_and_metrics_turned_on(check: Any, refuse: Any) -> None:
     bleu = "trainer.checkpoint.log_obg=val_bleu"
     assert check(bleu, "trainer.checkpoint.mode=max", "model_params.do_compute_metrics=true")
-    assert "'max' is the best" in refuse(bleu, "model_params.do_compute_metrics=true")[0]
+    assert "allowed: 'max', for val_bleu" in refuse(bleu, "model_params.do_compute_metrics=true")[0]
 
 
 # ------------------------------------------------------------------------------- reading YAML
