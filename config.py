@@ -186,8 +186,9 @@ class GenerateParams(Section):
     )
 
 
-class TrainData(Section):
-    batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
+class Data(Section):
+    """What training and test data have in common."""
+
     data_dir: str = free(
         ..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README"
     )
@@ -198,14 +199,20 @@ class TrainData(Section):
         None, "name of the column with the answer, where the columns are not recognised"
     )
     system: str | None = free(None, "a system message put in front of conversations that have none")
+    truncate_prompt: bool = key(
+        True,
+        "of what is too long, drop the oldest turns, then shorten the question",
+        spellings=TRUNCATE_PROMPT,
+    )
+
+
+class TrainData(Data):
+    batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
     on_tpu: bool = free(
         False, "static shapes: every batch padded to `max_length`; implied by `tpu`"
-    )
-    truncate_prompt: bool = key(
-        True, "shorten the question of a sample that is too long", spellings=TRUNCATE_PROMPT
     )
     prompt_template: Template | None = key(
         None,
@@ -368,15 +375,7 @@ def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iter
         yield f"{where}: found together with from_scratch: true; an adapter needs a trained model"
 
 
-class TestData(Section):
-    data_dir: str = key(..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README")
-    question_key: str | None = key(
-        None, "name of the column with the question, where the columns are not recognised"
-    )
-    answer_key: str | None = key(
-        None, "name of the column with the answer, where the columns are not recognised"
-    )
-    system: str | None = key(None, "a system message put in front of conversations that have none")
+class TestData(Data):
     max_prompt_length: PositiveInt = key(256, "tokens per prompt")
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"
@@ -385,9 +384,6 @@ class TestData(Section):
         "left", "changes no answer; a model that left padding would affect is padded on the right"
     )
     split: str = key("test", "which split to answer")
-    truncate_prompt: bool = key(
-        True, "shorten the question of a prompt that is too long", spellings=TRUNCATE_PROMPT
-    )
     prompt_template: Template | None = key(
         None,
         "null: the checkpoint's own, else as in training; another than trained is an error",
