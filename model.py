@@ -30,17 +30,7 @@ import freeze
 import lora
 from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
 from data import IGNORE, Batch, Encoder
-from extras import adapters, probe
-from extras.model_files import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_place,
-    file_of,
-    place_of,
-    refuse_pointers,
-    tokenizer_files,
-    write_chat_template,
-)
+from extras import adapters, model_files, probe
 from extras.speed import (
     ChunkedLoss,
     SdpaGPTNeoAttention,
@@ -85,7 +75,7 @@ class Opened:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base's weights."""
-        config = file_of(str(self.base), "config.json")
+        config = model_files.file_of(str(self.base), "config.json")
         return adapters.fingerprint(config.parent if config else Path(self.base))
 
     @property
@@ -139,14 +129,16 @@ def open_model(
     directory = Path(place)
     base, adapter = lora.base_of(place, base)
     # Adapters that others wrote may lie without a tokenizer.
-    has_own = not adapter or any((directory / file).exists() for file in TOKENIZER_FILES)
+    has_own = not adapter or any(
+        (directory / file).exists() for file in model_files.TOKENIZER_FILES
+    )
     name = str(place if has_own else base)
     tokenizer = load_tokenizer(name)
     fresh = from_scratch and not adapter  # an adapter means nothing on random weights
     loaded, remarks = load_model(str(base), from_scratch=fresh, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
-    model, files = AnswerModel(loaded), tokenizer_files(name, tokenizer)
+    model, files = AnswerModel(loaded), model_files.tokenizer_files(name, tokenizer)
     details = checkpoint.details(directory)
     opened = Opened(place, base, adapter, model, tokenizer, files, details, remarks)
     if adapter:
@@ -168,12 +160,12 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    refuse_pointers(Path(name), *TOKENIZER_FILES)
+    model_files.refuse_pointers(Path(name), *model_files.TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(
-            f"{place_of(name)}: no tokenizer could be loaded: {first_line(error)}"
+            f"{model_files.place_of(name)}: no tokenizer could be loaded: {first_line(error)}"
         ) from None
 
 
@@ -194,12 +186,14 @@ def load_model(
             that are not those of this model or not finite numbers.
     """
     path = Path(name)
-    has_weights = check_place(name, from_scratch)
+    has_weights = model_files.check_place(name, from_scratch)
     remarks = []
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"{model_files.place_of(name)}: cannot be loaded: {first_line(error)}"
+        ) from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
@@ -222,8 +216,10 @@ def load_model(
             model, found = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-            weights = [p for pattern in WEIGHT_FILES for p in sorted(path.glob(pattern))]
-            file = str(weights[0]) if len(weights) == 1 else place_of(name)
+            weights = [
+                p for pattern in model_files.WEIGHT_FILES for p in sorted(path.glob(pattern))
+            ]
+            file = str(weights[0]) if len(weights) == 1 else model_files.place_of(name)
             remarks += check_loaded(file, model, found)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
@@ -231,8 +227,10 @@ def load_model(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
-    if file_of(name, "generation_config.json") is None:
+        raise UserError(
+            f"{model_files.place_of(name)}: cannot be loaded: {first_line(error)}"
+        ) from None
+    if model_files.file_of(name, "generation_config.json") is None:
         # transformers then makes one from config.json, whose default EOS may be any token.
         model.generation_config.eos_token_id = None
     _own_memory(model)
@@ -552,7 +550,7 @@ def export(
     if not opened.files:  # one that needs none, such as a tokenizer of bytes
         opened.tokenizer.save_pretrained(directory)
     if chat_template is not None:
-        write_chat_template(directory, chat_template)
+        model_files.write_chat_template(directory, chat_template)
 
 
 def _quiet_libraries() -> None:

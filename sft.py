@@ -27,22 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from config import TestConfig, TrainConfig, UserError, resolved, to_yaml
-from extras.command_line import (
-    INTERRUPTED,
-    Stop,
-    complain,
-    configuration,
-    end_process,
-    guarded,
-    parse,
-)
+from extras import command_line
 
 if __name__ == "__main__":  # answer --help and a wrong file before the slow import of torch
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it is loaded: the end, no traceback
     try:
-        configuration(parse(sys.argv[1:]))
+        command_line.configuration(command_line.parse(sys.argv[1:]))
     except UserError as error:
-        complain(str(error))
+        command_line.complain(str(error))
         sys.exit(2)
 
 import numpy as np
@@ -286,7 +278,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     )  # fmt: skip
 
 
-def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
+def train(config: TrainConfig, stop: command_line.Stop, quiet: bool = False) -> int:
     """Train as the configuration says; returns the process's exit code.
 
     Raises:
@@ -319,7 +311,7 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
         return loop(run, state, recorder, stop)
 
 
-def loop(run: Run, state: State, recorder: Recorder, stop: Stop) -> int:
+def loop(run: Run, state: State, recorder: Recorder, stop: command_line.Stop) -> int:
     """Optimizer steps until the plan is fulfilled or a signal stops it; returns the exit code."""
     device, plan, samples, optimizer = run.device, run.plan, run.splits.train, run.optimizer
     ranks, scaler, params = device.ranks, device.scaler, run.config.trainer.params
@@ -394,7 +386,7 @@ def loop(run: Run, state: State, recorder: Recorder, stop: Stop) -> int:
         save(run, state, recorder)
     stopped_by = max(ranks.all_gather(stop.signal or 0))  # one rank's signal stops all
     recorder.finish(state, stopped_by)
-    return INTERRUPTED + stopped_by if stopped_by else 0
+    return command_line.INTERRUPTED + stopped_by if stopped_by else 0
 
 
 def report_skipped(
@@ -501,20 +493,20 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
 # ----------------------------------------------------------------------------------- commands
 
 
-def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
+def test(config: TestConfig, stop: command_line.Stop, quiet: bool = False) -> int:
     """Answer and score the questions of a split; returns the process's exit code."""
     finished = evaluate.test(config, quiet, stop.requested)
     # Unfinished without a signal of its own: another rank had it.
-    return 0 if finished else INTERRUPTED + (stop.signal or signal.SIGTERM)
+    return 0 if finished else command_line.INTERRUPTED + (stop.signal or signal.SIGTERM)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the process's exit code."""
-    command, config = arguments.command, configuration(arguments)
+    command, config = arguments.command, command_line.configuration(arguments)
     if isinstance(config, TestConfig):
-        return test(config, Stop("the next save_steps answers"), arguments.quiet)
+        return test(config, command_line.Stop("the next save_steps answers"), arguments.quiet)
     if command == "train" and config:
-        return train(config, Stop(), arguments.quiet)
+        return train(config, command_line.Stop(), arguments.quiet)
     if command == "check" and config:
         from extras.check import check
 
@@ -540,8 +532,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str]) -> int:
-    return guarded(lambda: run_command(parse(argv)))
+    return command_line.guarded(lambda: run_command(command_line.parse(argv)))
 
 
 if __name__ == "__main__":
-    end_process(lambda: main(sys.argv[1:]))
+    command_line.end_process(lambda: main(sys.argv[1:]))
