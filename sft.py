@@ -350,8 +350,8 @@ def loop(run: Run, state: State, recorder: Recorder, stop: command_line.Stop) ->
             group["lr"] = lr
         scaler.unscale_(optimizer)
         # Gathered before it clips: on slices, torch 2.9 would add its epsilon once for each rank.
-        grads = [p.grad for p in run.trainable if p.grad is not None]
-        norm = whole_tensor(torch.nn.utils.get_total_norm(grads))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
+        norm = whole_tensor(norm)
         clip = params.gradient_clip_val or math.inf
         torch.nn.utils.clip_grads_with_norm_(run.trainable, clip, norm)
         finite = loss.isfinite() & norm.isfinite()
