@@ -5,7 +5,7 @@
 
 Where an adapter is trained, it stands in the model's place, in PEFT's format.
 
-A checkpoint comes into being by one rename of a finished, fsynced directory that holds a manifest
+A checkpoint comes into being by renaming a finished, fsynced directory that holds a manifest
 of its files' sizes and SHA-256. Whatever happens before leaves a `.tmp-` directory that the next
 start removes; whatever damages it later is seen by comparing with the manifest.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from config import TrainConfig, Trainer, UserError, resolved
+from config import TrainConfig, Trainer, UserError, first_line, resolved
 
 if TYPE_CHECKING:
     from device import Device
@@ -75,8 +75,8 @@ class State:
     """The counters of a run; everything here is part of a checkpoint.
 
     position counts the steps that were tried, global_step those that changed the weights. The
-    window_* sums run since the last log point. validated_at and saved_at are positions, or what
-    `moment` was; `seconds` are those of the steps alone, without validation and saving.
+    window_* sums run since the last log point. validated_at is a position, saved_at
+    what `moment` was; `seconds` are those of the steps alone, without validation and saving.
     """
 
     position: int = 0
@@ -147,7 +147,7 @@ def number(path: Path) -> int:
 
 
 def sha256_of(file: Path) -> str:
-    """Of a file's contents, in hexadecimal; read piece by piece."""
+    """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(1 << 20):
@@ -156,7 +156,7 @@ def sha256_of(file: Path) -> str:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: whatever happens, the old one is there or the new one, no half.
+    """Write a file atomically: the old file is there or the new one, never half of one.
 
     Raises:
         OSError: it cannot be written; the old one is as it was.
@@ -185,14 +185,12 @@ def save(run: Path, name: str, write: Callable[[Path], None]) -> Path:
         write(temporary)
         _write_manifest(temporary)
         if target.exists():
-            # Between the two renames there is no run/name; `clean_up` then takes the old one.
+            # Between the two renames there is no run/name; `_clean_up` then takes the old one.
             shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         temporary.rename(target)
         _sync(run)
         shutil.rmtree(replaced, ignore_errors=True)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # OSError, or what safetensors and torch.save make of one
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not target.exists():
@@ -240,7 +238,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """A run's directory for this process alone, made if it is not there, without half a checkpoint.
+    """Hold a run's directory for this process alone; create it, remove half-written checkpoints.
 
     The kernel lets go of the lock however the process ends.
 
@@ -281,8 +279,6 @@ def lock(handle: IO[str], *, wait: bool) -> None:
 
 def _clean_up(run: Path) -> None:
     """Remove what an interrupted save left behind, and finish an interrupted replacement."""
-    if not run.is_dir():
-        return
     for leftover in run.iterdir():
         prefix = next((p for p in (TEMPORARY, REPLACED) if leftover.name.startswith(p)), None)
         name = leftover.name.removeprefix(prefix or "")
@@ -295,7 +291,7 @@ def _clean_up(run: Path) -> None:
 
 
 def rotate(run: Path, keep: int, protect: set[Path]) -> None:
-    """Delete all but the newest `keep` checkpoints, never one of `protect`, never one not ours."""
+    """Delete all intact checkpoints but the newest `keep`; damaged ones and `protect` stay."""
     ours = [p for p in steps(run) if _looks_intact(p)]
     safe = {path.resolve() for path in protect}
     for old in ours[keep:]:
@@ -329,11 +325,11 @@ def verify(path: Path) -> None:
 def _check(path: Path, hashes: bool) -> None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = dict(manifest["files"])
+        files = {str(name): (size, sha256) for name, (size, sha256) in manifest["files"].items()}
         known = manifest["format"] == FORMAT
     except FileNotFoundError:
         raise Damaged(f"{path}: damaged: no {MANIFEST}, so it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{path}: damaged: {MANIFEST} cannot be read") from None
     if not known:
         raise Damaged(f"{path}: found format {manifest['format']!r}; allowed: {FORMAT!r}")
@@ -411,8 +407,8 @@ def resume_point(trainer: Trainer, warn: Callable[[str], None]) -> Path | None:
     if newer and same_run(path, run) and not remarks:
         raise UserError(
             f"trainer.ckpt_path: {path} is older than {newer[0].name} in the same run; go on "
-            "with trainer.ckpt_path=last, or branch off with another "
-            f"{str(run)!r} in trainer.checkpoint.dirpath"
+            "with trainer.ckpt_path=last, or branch off by naming another "
+            f"directory than {str(run)!r} in trainer.checkpoint.dirpath"
         )
     return path
 
@@ -520,9 +516,9 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / STATE, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise Damaged(
-            f"{path / STATE}: refused: it holds more than tensors and plain values ({reason})"
+            f"{path / STATE}: refused: it holds more than tensors and plain values, or less than "
+            f"was written ({first_line(error)})"
         ) from None
 
 
@@ -534,6 +530,10 @@ def restore(
     device: Device,
 ) -> tuple[State, int, list[str]]:
     """Take over a checkpoint's optimizer, scaler and generators.
+
+    With the weights, which `open_model` has read, and the counters, that is all that a step depends
+    on: the order of samples and the rate are functions of the counters, and validation draws from
+    no generator that training uses. So the next step is bitwise the one that would have come.
 
     Returns:
         The counters, the size that metrics.jsonl had (0 for another run's), and remarks.
@@ -549,7 +549,7 @@ def restore(
         state = State(**stored["state"])
         load_optimizer_state(optimizer, stored["optimizer"])
         device.scaler.load_state_dict(stored["scaler"])
-        if device.ranks.rank < len(stored["rng"]):  # a further rank has its fresh seed
+        if device.ranks.rank < len(stored["rng"]):  # an additional rank keeps its fresh seed
             device.set_rng_state(stored["rng"][device.ranks.rank])
         size = int(stored["metrics_size"])
         before = stored["config"]["trainer"]["checkpoint"]

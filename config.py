@@ -49,7 +49,7 @@ LOG_OBJ = ("log_obg", "log_obj", "log_objective")
 
 PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
-# The values that validation can produce, and which way is better.
+# The values that can select `best`, and which way is better.
 VAL_LOSS_METRICS = {"val_loss": "min"}
 VAL_TEXT_METRICS = {
     "val_bleu": "max",
@@ -163,8 +163,8 @@ class Wandb(Section):
 
 class GenerateParams(Section):
     do_sample: bool = free(False, "sample instead of taking the likeliest token")
-    max_new_tokens: PositiveInt = free(64, "at most so many tokens an answer")
-    min_new_tokens: Count = free(0, "EOS is not allowed before")
+    max_new_tokens: PositiveInt = free(64, "at most this many tokens an answer")
+    min_new_tokens: Count = free(0, "no EOS before this many tokens")
     no_repeat_ngram_size: Count = free(
         0, "no n-gram of this size twice in prompt + answer; 0 = off"
     )
@@ -186,8 +186,9 @@ class GenerateParams(Section):
     )
 
 
-class TrainData(Section):
-    batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
+class Data(Section):
+    """What training and test data have in common."""
+
     data_dir: str = free(
         ..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README"
     )
@@ -198,14 +199,20 @@ class TrainData(Section):
         None, "name of the column with the answer, where the columns are not recognised"
     )
     system: str | None = free(None, "a system message put in front of conversations that have none")
+    truncate_prompt: bool = key(
+        True,
+        "of what is too long, drop the oldest turns, then shorten the question",
+        spellings=TRUNCATE_PROMPT,
+    )
+
+
+class TrainData(Data):
+    batch_size: PositiveInt = free(8, "samples per micro-batch and rank")
     max_length: Annotated[int, Field(ge=2, le=LARGEST)] = key(
         512, "tokens per sample, prompt and answer"
     )
     on_tpu: bool = free(
         False, "static shapes: every batch padded to `max_length`; implied by `tpu`"
-    )
-    truncate_prompt: bool = key(
-        True, "shorten the question of a sample that is too long", spellings=TRUNCATE_PROMPT
     )
     prompt_template: Template | None = key(
         None,
@@ -219,7 +226,7 @@ class TrainData(Section):
 
 
 class Adapter(Section):
-    r: PositiveInt = key(16, "rank: each adapted projection gets matrices of r rows and r columns")
+    r: PositiveInt = key(16, "rank: beside each projection stand A [r, in] and B [out, r]")
     alpha: PositiveInt = key(32, "what an adapter adds is scaled by alpha / r")
     dropout: Share = key(0.0, "on what goes into an adapter, while it trains")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = key(
@@ -290,7 +297,7 @@ class TrainerParams(Section):
     )
     log_every_n_steps: PositiveInt = free(10, "optimizer steps between log points")
     max_epochs: CountOrMinusOne = free(3, "passes over the data; -1 = until `max_steps`")
-    max_steps: PositiveInt | None = free(None, "stop after so many optimizer steps")
+    max_steps: PositiveInt | None = free(None, "stop after this many optimizer steps")
     num_sanity_val_steps: CountOrMinusOne = free(
         2, "validation batches before training; -1 = all, 0 = none"
     )
@@ -299,7 +306,7 @@ class TrainerParams(Section):
     )
     precision: Precision = key("32-true", "`32`, `16-mixed`, `bf16-mixed`, `bf16-true`, `64`")
     val_check_interval: Annotated[int | float, AfterValidator(_fraction_or_steps)] = free(
-        1.0, "validate: float = share of an epoch, int = every so many steps"
+        1.0, "validate: float = share of an epoch, int = every that many steps"
     )
     strategy: Literal["ddp", "fsdp"] = free(
         "ddp", "with several ranks: `ddp` keeps a whole model on each, `fsdp` a slice of it"
@@ -308,7 +315,7 @@ class TrainerParams(Section):
     gradient_checkpointing: bool = free(
         False, "recompute blocks in the backward pass: less memory, a third slower"
     )
-    max_bad_steps: PositiveInt = free(10, "stop after so many non-finite steps in a row")
+    max_bad_steps: PositiveInt = free(10, "stop after this many non-finite steps in a row")
 
 
 class Trainer(Section):
@@ -342,7 +349,7 @@ class TrainConfig(Section):
                 f"allowed: {', '.join(produced)}"
             )
         elif mode != produced[metric]:
-            yield f"{where}.mode: found {mode!r}, but of {metric} {produced[metric]!r} is the best"
+            yield f"{where}.mode: found {mode!r}; allowed: {produced[metric]!r}, for {metric}"
         flags = ("freeze_emb", "freeze_ln", "freeze_attn", "freeze_ff", "freeze_other")
         if self.model_params.do_freeze and not any(getattr(self.model_params, f) for f in flags):
             yield f"model_params.do_freeze: found true, but none of {', '.join(flags)} is true"
@@ -382,28 +389,18 @@ def _adapter_contradictions(params: ModelParams, flags: tuple[str, ...]) -> Iter
         yield f"{where}: found together with from_scratch: true; an adapter needs a trained model"
 
 
-class TestData(Section):
-    data_dir: str = key(..., "the data: a file, a directory of them, or `hub:ORG/NAME`; see README")
-    question_key: str | None = key(
-        None, "name of the column with the question, where the columns are not recognised"
-    )
-    answer_key: str | None = key(
-        None, "name of the column with the answer, where the columns are not recognised"
-    )
-    system: str | None = key(None, "a system message put in front of conversations that have none")
+class TestData(Data):
     max_prompt_length: PositiveInt = key(256, "tokens per prompt")
     padding: bool = key(
         False, "true: batches padded to `max_prompt_length`; false: to their longest prompt"
     )
     padding_side: Literal["left", "right"] = key(
-        "left", "changes no answer; where padding in front would change one, it stands behind"
+        "left", "changes no answer; a model that left padding would affect is padded on the right"
     )
     split: str = key("test", "which split to answer")
-    truncate_prompt: bool = key(
-        True, "shorten the question of a prompt that is too long", spellings=TRUNCATE_PROMPT
-    )
     prompt_template: Template | None = key(
-        None, "null: the checkpoint's own, else the default; another one than trained is an error"
+        None,
+        "null: the checkpoint's own, else as in training; another than trained is an error",
     )
 
 

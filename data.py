@@ -6,7 +6,7 @@
     batch = collate(samples, order[:16])
 
 A question/answer pair is a conversation of two messages. `Encoder.encode` turns a conversation into
-token ids and a mask of those that are trained on; everything behind it knows only these two, and
+token ids and a mask of those that are trained on; everything after it knows only these two, and
 training, validation, `test` and `ask` all get their prompts from it.
 """
 
@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ class Conversation(NamedTuple):
         return cls(row, messages[: 1 if answer is None else 2])
 
     @property
-    def answered(self) -> int:
+    def answer_index(self) -> int:
         """The index of the last trained message; how many messages there are if none is."""
         trained = [i for i, message in enumerate(self.messages) if message.trained]
         return trained[-1] if trained else len(self.messages)
@@ -86,7 +87,7 @@ class Conversation(NamedTuple):
     @property
     def prompt(self) -> Conversation:
         """What stands before the last trained message, with nothing in it to train on."""
-        before = self.messages[: self.answered]
+        before = self.messages[: self.answer_index]
         return self._replace(messages=tuple(message._replace(trained=False) for message in before))
 
     @property
@@ -97,7 +98,7 @@ class Conversation(NamedTuple):
 
     def asking(self, question: str) -> Conversation:
         """The same conversation with another `question`."""
-        users = [i for i, m in enumerate(self.messages[: self.answered]) if m.role == "user"]
+        users = [i for i, m in enumerate(self.messages[: self.answer_index]) if m.role == "user"]
         if not users:
             return self
         messages = list(self.messages)
@@ -107,7 +108,7 @@ class Conversation(NamedTuple):
     @property
     def answer(self) -> str | None:
         """The last trained message's text; None if it is still to be given."""
-        rest = self.messages[self.answered :]
+        rest = self.messages[self.answer_index :]
         return rest[0].text if rest else None
 
 
@@ -159,12 +160,12 @@ class Encoder:
         control = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self.control_token = re.compile("|".join(map(re.escape, control)))
         self.control_ids = set(tokenizer.convert_tokens_to_ids(control))
-        plain, whole = self.ids_of_text("a"), tokenizer("a")["input_ids"]
+        plain, whole = self.plain_ids("a"), tokenizer("a")["input_ids"]
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self.prefix: list[int] = whole[:start]
         # SentencePiece puts a space in front of a text, which is none inside of one.
-        self.lead = self.ids_of_text("\n")
-        self.adds_space = self.ids_of_text("\na") != self.lead + plain
+        self.lead = self.plain_ids("\n")
+        self.adds_space = self.plain_ids("\na") != self.lead + plain
         self.end_ids: list[int] = [tokenizer.eos_token_id]
         control_at_end = re.search(f"({self.control_token.pattern})$", template)
         self.space = "" if control_at_end or template[-1:].isspace() else " "
@@ -178,7 +179,7 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def ids_of_text(self, text: str) -> list[int]:
+    def plain_ids(self, text: str) -> list[int]:
         return self._tokenize([text], control=False)[0]
 
     def quoted(self, text: str) -> str:
@@ -204,7 +205,7 @@ class Encoder:
         found = self._tokenize([f"\n{text}" for text in texts], control=False)
         size = len(self.lead)
         whole = zip(texts, found)
-        return [i[size:] if i[:size] == self.lead else self.ids_of_text(t) for t, i in whole]
+        return [i[size:] if i[:size] == self.lead else self.plain_ids(t) for t, i in whole]
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded]]:
         """Each conversation as samples, nearly always one; without an answer, as its prompt.
@@ -222,7 +223,7 @@ class Encoder:
             if conversation.answer is not None:
                 target = [*next(targets), self.tokenizer.eos_token_id]
             target_mask = [0] * len(prompt) + [1] * len(target)
-            target_mask[:1] = [0]  # nothing stands before a first token that could predict it
+            target_mask[:1] = [0]  # no token precedes the first one to predict it
             encoded.append([Encoded(conversation, prompt + target, target_mask)])
         return encoded
 
@@ -280,17 +281,19 @@ def shorten(encoder: Encoder, conversation: Conversation, room: int) -> Conversa
     A turn is a user's message and what follows it; system messages in front stay, and so does the
     last turn. room: how many ids the prompt of the last trained message may have.
     """
-    messages, last = conversation.messages, conversation.answered
+    messages, last = conversation.messages, conversation.answer_index
     turns = [i for i, m in enumerate(messages[:last]) if m.role == "user"]
     begins = turns[0] if turns else 0
-    oldest = [conversation._replace(messages=messages[:begins] + messages[i:]) for i in turns]
-    if len(turns) > 1:
-        sizes = [len(encoder.prompts([shorter])[0]) for shorter in oldest]
-        fitting = (shorter for shorter, size in zip(oldest, sizes) if size <= room)
-        conversation = next(fitting, oldest[-1])
-    if len(encoder.prompts([conversation])[0]) <= room:
-        return conversation
-    return cut_question(encoder, conversation, room)
+    candidates = [conversation._replace(messages=messages[:begins] + messages[i:]) for i in turns]
+
+    def fits(shorter: Conversation) -> bool:
+        return len(encoder.prompts([shorter])[0]) <= room
+
+    # The fewer turns, the shorter: the first one that fits is found by bisection.
+    found = bisect_left(candidates, True, key=fits)
+    if found < len(candidates):
+        return candidates[found]
+    return cut_question(encoder, candidates[-1] if candidates else conversation, room)
 
 
 def cut_question(encoder: Encoder, conversation: Conversation, room: int) -> Conversation:
@@ -416,10 +419,10 @@ def prepare_train(
     """Encode conversations into samples of at most `max_length` ids.
 
     Args:
-        truncate_prompt: true shortens the question of a sample that is too long, and the answer
-            only if it does not fit beside an empty question (it then has no EOS to learn);
-            false leaves the question alone and drops the sample's tail. A sample without any
-            target left is dropped. All of it is counted in `Samples.counts`.
+        truncate_prompt: true drops the oldest turns of a sample that is too long, then shortens
+            its question, and its answer only if that does not fit beside an empty question (it
+            then has no end to learn); false leaves all that alone and drops the sample's tail. A
+            sample without any target left is dropped. All of it is counted in `Samples.counts`.
         directory: where to write the arrays; None keeps them in memory.
     """
     counts = Counts()
@@ -502,12 +505,15 @@ def _chunks(items: Iterable[Conversation], size: int) -> Iterator[list[Conversat
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained on and validated on, and all that the data's `train` split holds."""
+    """What is trained on and validated on, and all that the data's `train` split holds.
+
+    val_name: of the split that `val` comes from. overlap: see `formats.overlap`.
+    """
 
     train: Samples
     val: Samples
     whole: Samples
-    val_name: str  # of the split that `val` comes from
+    val_name: str
     overlap: dict[str, int]
 
 
@@ -521,7 +527,7 @@ def load_splits(
     """
     from extras.token_cache import cached_samples
 
-    whole, counts = cached_samples(source, "train", encoder, data.max_length, data.truncate_prompt)
+    whole, common = cached_samples(source, "train", encoder, data.max_length, data.truncate_prompt)
     train, val_name = whole, "train"
     if overfit_batches:
         share = not isinstance(overfit_batches, int)
@@ -540,7 +546,7 @@ def load_splits(
                 f"data: the split {name!r} has no target token to learn: "
                 f"{samples.counts.describe()}; raise data.max_length ({data.max_length})"
             )
-    return Splits(train, val, whole, val_name, counts)
+    return Splits(train, val, whole, val_name, common)
 
 
 def hold_out(samples: Samples, fraction: float, seed: int) -> tuple[Samples, Samples]:
@@ -658,7 +664,7 @@ def collate(
     else:
         height, width = static_shape or (len(lengths), max(lengths))
         starts = np.arange(height) * width
-    input_ids = np.zeros(height * width, dtype=np.int64)  # what pads changes nothing
+    input_ids = np.zeros(height * width, dtype=np.int64)  # the id of padding has no effect
     positions: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     targets: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     for start, (ids, mask) in zip(starts, parts):
@@ -729,10 +735,11 @@ def prepare_inference(
 def validation_prompts(
     samples: Samples, count: int, source: DataSource, split: str
 ) -> list[Prompt]:
-    """The questions of the first `count` samples, with the very ids that training sees."""
-    wanted = {int(samples.rows[i]): i for i in range(min(count, len(samples)))}
+    """What the first `count` samples answer last, with the very ids that training sees."""
+    last = {int(row): i for i, row in enumerate(samples.rows)}  # of a row that makes several
+    wanted = set(samples.rows[:count].tolist())
     return [
-        Prompt(conversation, samples.prompt(wanted[conversation.row]))
+        Prompt(conversation, samples.prompt(last[conversation.row]))
         for conversation in source.conversations(split)
         if conversation.row in wanted
     ]

@@ -1,10 +1,10 @@
-"""The one place that knows about cpu, cuda, mps and xla, about precision and about ranks.
+"""What differs between cpu, cuda, mps and xla; precision; ranks.
 
     device = open_device("auto", "bf16-mixed")
 
 The training loop asks a `Device` for everything that differs between machines and never branches
-on one itself. Several processes are started by `torchrun`; `Device.ranks` is what they say to each
-other.
+on one itself. Several processes are started by `torchrun`; `Device.ranks` is how they
+communicate.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Ranks:
 
 
 def explain(error: RuntimeError) -> str | None:
-    """What the user can do about an error of PyTorch's; None if it is not such a one."""
+    """What the user can do about an error of PyTorch's; None for any other error."""
     text = str(error)
     if out_of_memory(error):
         return (
@@ -214,8 +214,9 @@ class Device:
         `ddp` keeps the whole model on every rank. `fsdp` (FSDP2) changes `model` in place: each
         rank keeps a slice of every parameter, and whole ones exist for one block at a time.
 
-        reached: a text reaches every parameter that trains; else DDP looks for those that it does
-            not (experts that no token of a batch chose, the encoder of another modality).
+        reached: whether any text reaches every parameter that trains; if not, DDP searches for
+            those that it does not reach (experts that no token of a batch chose, the encoder of
+            another modality).
 
         Raises:
             UserError: `fsdp` for a model without a stack of blocks.
@@ -243,7 +244,7 @@ class Device:
         model.to(self.torch_device)
 
     def exchange_gradients(self, model: nn.Module, now: bool) -> None:
-        """Whether the next backward pass ends with adding up the gradients over the ranks.
+        """Set whether the next backward pass ends with adding up the gradients over the ranks.
 
         Once a step is enough for DDP. FSDP does it in every pass: to wait would mean to keep
         whole gradients, and it is there to keep slices.
@@ -271,7 +272,7 @@ class Device:
         return map(self.upload, batches)
 
     def synchronise(self) -> None:
-        """The end of a piece of work, for devices that collect operations before they run them."""
+        """Run what was collected so far, on a device that collects operations first."""
 
     def upload(self, batch: Batch) -> Batch:
         return replace(
@@ -298,7 +299,10 @@ class Device:
         return torch.autocast(self.kind, dtype=self.autocast_dtype)
 
     def step_if(self, finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One optimizer step if `finite`; else weights and optimizer state stay as they are."""
+        """One optimizer step if `finite`; else weights and optimizer state stay as they are.
+
+        XlaDevice does the same inside of its graph, where the host does not look at `finite`.
+        """
         if finite:  # here the host waits for the device, once a step
             self.scaler.step(optimizer)
 

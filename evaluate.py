@@ -77,7 +77,7 @@ class Validation:
         batch_size: int,
         static_shape: tuple[int, int] | None,
     ) -> Validation:
-        """As a configuration says.
+        """Put together what the configuration asks for.
 
         Raises:
             UserError: answers would not fit into the model's context, or name unknown tokens.
@@ -338,6 +338,7 @@ def answer_window(
     records = [describe(answer, opened.tokenizer, params.do_compute_metrics) for answer in answers]
     known = references.subset(np.arange(len(prompts))[mine])
     losses = reference_losses(opened.model, known, device, params.batch_size)
+    # Both are in the order of rows, which is that of the prompts.
     for record, (loss, count) in zip(records, losses):
         record |= {"reference_nll": round(loss, 6), "reference_tokens": count}
     everyone = [record for part in ranks.all_gather(records) for record in part]

@@ -8,7 +8,7 @@ they stand, and not from one architecture's parameter names:
     attn     attention, and what a block has in its place: state-space and recurrent mixers, whole
     ff       feed-forward maps, experts and their routers
     other    the rest: an untied output head, what a model adds to the residual stream itself, ...
-    adapter  what lora.py adds to projections; with it, everything else is frozen
+    adapter  what lora.py adds to projections; the rest is frozen then, but layers_not_to_freeze
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS = {
     "ff": "ff ffn mlp fc feed feedforward moe expert router intermediate output",
     # What goes around attention and feed-forward alike: learned residual connections.
     "other": "residual connection message",
-    # These hold more than they are called after: a block inside a block has parts of its own
+    # These hold more than their names say: a block inside a block has parts of its own
     # (Zamba's AttentionDecoderLayer), and `post_attention_layernorm` is no attention.
     "mixed": "decoder norm layernorm",
 }
@@ -112,7 +112,7 @@ def _meaning(name: str) -> str:
 
     As in all English compounds the last word counts: GraniteMoeHybridMambaLayer is a Mamba.
     """
-    name = re.sub("MLP|MoE|FFN", lambda found: found[0].title(), name)  # HMLP is two
+    name = re.sub("MLP|MoE|FFN", lambda found: found[0].title(), name)  # splits HMLP into H and Mlp
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
     kinds = [KIND_OF[w] for word in words if (w := word.lower().rstrip("s")) in KIND_OF]
     return kinds[-1] if kinds else ""

@@ -30,17 +30,7 @@ import freeze
 import lora
 from config import CHAT, DEFAULT_TEMPLATE, ModelParams, UserError, first_line
 from data import IGNORE, Batch, Encoder
-from extras import adapters, probe
-from extras.model_files import (
-    TOKENIZER_FILES,
-    WEIGHT_FILES,
-    check_place,
-    file_of,
-    place_of,
-    refuse_pointers,
-    tokenizer_files,
-    write_chat_template,
-)
+from extras import adapters, model_files, probe
 from extras.speed import (
     ChunkedLoss,
     SdpaGPTNeoAttention,
@@ -53,7 +43,7 @@ from extras.speed import (
 if TYPE_CHECKING:
     from extras.frozen_prefix import PrefixCache
 
-# Logits of one chunk hold at most so many numbers, whatever the vocabulary (32 MB in float32:
+# Logits of one chunk hold at most this many numbers, whatever the vocabulary (32 MB in float32:
 # the largest buffer that speed.set_allocator can keep).
 LOGITS_PER_CHUNK = 2**23
 # What configs call a soft cap on the logits.
@@ -67,9 +57,10 @@ SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 class Opened:
     """A model that is ready to be trained, tested or asked, and what belongs to it.
 
-    place: the directory or hub id that it comes from. base: what an adapter there is one of, else
-    the same. adapter: adapter_config.json; None for a whole model. files: its tokenizer's, by
-    their names. details: what its sft.json says, if it is ours. remarks: for the user.
+    place: the directory or hub id that it comes from. base: the model under an adapter that lies
+    there, else `place` itself. adapter: adapter_config.json; None for a whole model. files: its
+    tokenizer's, by their names. details: what its sft.json says, if it is ours. remarks: for the
+    user.
     """
 
     place: Path | str
@@ -84,7 +75,7 @@ class Opened:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the base's weights."""
-        config = file_of(str(self.base), "config.json")
+        config = model_files.file_of(str(self.base), "config.json")
         return adapters.fingerprint(config.parent if config else Path(self.base))
 
     @property
@@ -95,8 +86,8 @@ class Opened:
     def encoder(self, template: str | None, conversations: bool) -> Encoder:
         """The encoder for a template, or for the one that the model was trained with.
 
-        Without either it is `chat` for data that are conversations, else the seed's. What ends an
-        answer in it is from now on what the model's answers end with.
+        Without either it is `chat` for data that are conversations, else DEFAULT_TEMPLATE. From now
+        on the model's answers end with what ends them in it.
         """
         template = template or self.template
         if template == CHAT or (template is None and conversations):
@@ -138,14 +129,16 @@ def open_model(
     directory = Path(place)
     base, adapter = lora.base_of(place, base)
     # Adapters that others wrote may lie without a tokenizer.
-    has_own = not adapter or any((directory / file).exists() for file in TOKENIZER_FILES)
+    has_own = not adapter or any(
+        (directory / file).exists() for file in model_files.TOKENIZER_FILES
+    )
     name = str(place if has_own else base)
     tokenizer = load_tokenizer(name)
-    fresh = from_scratch and not adapter  # which means nothing on weights that it was not made for
+    fresh = from_scratch and not adapter  # an adapter means nothing on random weights
     loaded, remarks = load_model(str(base), from_scratch=fresh, dtype=dtype, seed=seed)
     if adapter and (directory / "generation_config.json").exists():
         loaded.generation_config = GenerationConfig.from_pretrained(directory)
-    model, files = AnswerModel(loaded), tokenizer_files(name, tokenizer)
+    model, files = AnswerModel(loaded), model_files.tokenizer_files(name, tokenizer)
     details = checkpoint.details(directory)
     opened = Opened(place, base, adapter, model, tokenizer, files, details, remarks)
     if adapter:
@@ -167,12 +160,12 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    refuse_pointers(Path(name), *TOKENIZER_FILES)
+    model_files.refuse_pointers(Path(name), *model_files.TOKENIZER_FILES)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(
-            f"{place_of(name)}: no tokenizer could be loaded: {first_line(error)}"
+            f"{model_files.place_of(name)}: no tokenizer could be loaded: {first_line(error)}"
         ) from None
 
 
@@ -193,12 +186,14 @@ def load_model(
             that are not those of this model or not finite numbers.
     """
     path = Path(name)
-    has_weights = check_place(name, from_scratch)
+    has_weights = model_files.check_place(name, from_scratch)
     remarks = []
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
+        raise UserError(
+            f"{model_files.place_of(name)}: cannot be loaded: {first_line(error)}"
+        ) from None
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"model_name: {name}: {config.model_type} is an encoder-decoder model; allowed: causal "
@@ -208,7 +203,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False}
     if config.model_type == "gpt_neo":
         options["attn_implementation"] = "eager"
-    if dtype == torch.float64:  # the fast product of experts has none
+    if dtype == torch.float64:  # the fast kernel of experts has no float64
         options["experts_implementation"] = "eager"
     from extras.model_checks import check_loaded
 
@@ -221,18 +216,22 @@ def load_model(
             model, found = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-            weights = [p for pattern in WEIGHT_FILES for p in sorted(path.glob(pattern))]
-            file = str(weights[0]) if len(weights) == 1 else place_of(name)
+            weights = [
+                p for pattern in model_files.WEIGHT_FILES for p in sorted(path.glob(pattern))
+            ]
+            file = str(weights[0]) if len(weights) == 1 else model_files.place_of(name)
             remarks += check_loaded(file, model, found)
             stored = getattr(config, "dtype", None)
             if isinstance(stored, torch.dtype) and stored != dtype:
-                remarks.append(f"stored in {_name(stored)}, loaded as {_name(dtype)}")
+                remarks.append(f"stored in {dtype_name(stored)}, loaded as {dtype_name(dtype)}")
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place_of(name)}: cannot be loaded: {first_line(error)}") from None
-    if file_of(name, "generation_config.json") is None:
-        # transformers then makes one from config.json, where a default may name any letter.
+        raise UserError(
+            f"{model_files.place_of(name)}: cannot be loaded: {first_line(error)}"
+        ) from None
+    if model_files.file_of(name, "generation_config.json") is None:
+        # transformers then makes one from config.json, whose default EOS may be any token.
         model.generation_config.eos_token_id = None
     _own_memory(model)
     speed_up(model)
@@ -249,7 +248,7 @@ def _own_memory(model: PreTrainedModel) -> None:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -303,7 +302,8 @@ class AnswerModel(nn.Module):
             `generate` gives other tokens than the model itself, or there is no cache.
         end_ids: what ends an answer, as the template and generation_config.json say.
         makes_masks: a whole mask of ours stands for the model's own, see XlaDevice.
-        tolerance: how near outputs must be in a trial, relative to the largest; 0: none can tell.
+        tolerance: how near outputs must be in a trial, relative to the largest; 0: the trial cannot
+            tell a fault from rounding, so nothing is trusted.
 
     Raises:
         UserError: the model cannot read text, or is not causal.
@@ -332,7 +332,8 @@ class AnswerModel(nn.Module):
         self.split = self.can_pack = self.pads_left = False
         with torch.no_grad(), evaluating(model), probe.random_weights(model):
             reach = probe.check_causal(self)
-            # A tenth of what a fault can do; nothing is trusted where that is rounding.
+            # `reach` is how far another token moves the outputs, as a fault would. A tenth of it is
+            # allowed, unless that is as small as rounding.
             self.tolerance = reach / 10 if reach / 10 > probe.ROUNDING else 0.0
             self.tolerance = min(self.tolerance, probe.TOLERANCE)
             factor = probe.logit_factor(self)
@@ -394,11 +395,11 @@ class AnswerModel(nn.Module):
             if self.prefix_cache is not None:
                 self.prefix_cache.current = None
         hidden = hidden.index_select(0, batch.target_positions)
-        if not self.head_is_plain():  # an adapter, say: the same chunks, through the module
+        if not self.head_is_plain():  # the same chunks, through the module
             return self._loss_by_chunks(hidden, batch.target_ids)
         head = self.model.get_output_embeddings()
         weight, bias = head.weight, head.bias
-        if not torch.is_grad_enabled():  # a Function would not know and compute gradients
+        if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         scaling = (self.factor, self.softcap)
         return ChunkedLoss.apply(hidden, batch.target_ids, weight, bias, scaling, self._chunk())
@@ -470,9 +471,9 @@ def _cross_entropy(logits: Tensor, target_ids: Tensor, reduction: str = "sum") -
 def make_optimizer(model: PreTrainedModel, params: ModelParams) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, or what else the configuration names.
 
-    Weight decay on neither biases nor norms.
+    No weight decay on biases, norms and other vectors.
 
-    One kernel for all parameters (`fused`) where there is one; on XLA, the step's number is kept
+    One kernel for all parameters (`fused`), but on XLA, the step's number is kept
     on the device (`capturable`), so that the update is part of the graph.
     """
     decayed: list[nn.Parameter] = []
@@ -531,20 +532,20 @@ def export(
 ) -> None:
     """Write a directory that `from_pretrained` opens: safetensors, config and tokenizer.
 
-    Of a model with an adapter, that of the model is PEFT's: the adapter, and not the model.
+    With an adapter, only the adapter is written, in PEFT's format.
 
     Args:
         weights: what `state_to_save` names, as whole tensors.
         chat_template: instead of the tokenizer's own; see `Encoder.as_chat_template`.
     """
     model = opened.model.model
-    if opened.adapter:
-        lora.save(model, weights, opened.adapter, directory)
     # transformers refuses to write generation settings that many published models have, so these
     # are written apart. What the answers were trained to end with comes first.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        if not opened.adapter:
+        if opened.adapter:
+            lora.save(model, weights, opened.adapter, directory)
+        else:
             model.save_pretrained(directory, state_dict=weights)
     finally:
         model.generation_config = own
@@ -556,7 +557,7 @@ def export(
     if not opened.files:  # one that needs none, such as a tokenizer of bytes
         opened.tokenizer.save_pretrained(directory)
     if chat_template is not None:
-        write_chat_template(directory, chat_template)
+        model_files.write_chat_template(directory, chat_template)
 
 
 def _quiet_libraries() -> None:

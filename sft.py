@@ -8,7 +8,7 @@
     python sft.py plot  runs/facts runs/other
     python sft.py export runs/facts exported/facts bfloat16
 
-Any key of the file can be given as key.path=value behind it. `set_up` puts a run's parts together,
+Any key of the file can be given as key.path=value after it. `set_up` puts a run's parts together,
 `loop` is every step of it; the words of the command line stand in extras/command_line.py.
 """
 
@@ -27,22 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from config import TestConfig, TrainConfig, UserError, resolved, to_yaml
-from extras.command_line import (
-    INTERRUPTED,
-    Stop,
-    complain,
-    configuration,
-    end_process,
-    guarded,
-    parse,
-)
+from extras import command_line
 
-if __name__ == "__main__":  # --help and a wrong file answer before the seconds that torch takes
+if __name__ == "__main__":  # answer --help and a wrong file before the slow import of torch
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while it is loaded: the end, no traceback
     try:
-        configuration(parse(sys.argv[1:]))
+        command_line.configuration(command_line.parse(sys.argv[1:]))
     except UserError as error:
-        complain(str(error))
+        command_line.complain(str(error))
         sys.exit(2)
 
 import numpy as np
@@ -68,7 +60,7 @@ from data import (
 from device import Device, open_device, whole_tensor
 from evaluate import Validation, summed_loss
 from extras.adapters import check_continued, describe
-from extras.console import Recorder, SilentRecorder
+from extras.console import ConsoleRecorder, Recorder
 from extras.formats import DataSource
 from extras.model_checks import check_ids, check_length, refuse_router_loss
 from extras.probe import check_trainable
@@ -154,10 +146,11 @@ class Plan:
         if self.finished(state):
             return True
         if isinstance(interval, int):
-            # A skipped step moves the position and not the step, which is validated already.
+            # A skipped step advances position but not global_step, which was validated already.
             new = state.global_step > state.validated_step
             return new and state.global_step % interval == 0
-        every = max(1, int(self.steps_per_epoch * interval))
+        # Rounded first: 0.29 of 100 steps is 28.999... in floating point.
+        every = max(1, int(round(self.steps_per_epoch * interval, 6)))
         return ((state.position - 1) % self.steps_per_epoch + 1) % every == 0
 
     def checkpoint_due(self, state: State) -> bool:
@@ -175,7 +168,7 @@ class Run:
     """The parts of a training, as `set_up` puts them together.
 
     parallel: what the loop calls, the model or DDP around it. kinds: see `freeze.report`.
-    identity: what a checkpoint must agree with, by names for messages. remarks: for the user.
+    identity: what a checkpoint must match, by the names used in messages. remarks: for the user.
     """
 
     config: TrainConfig
@@ -257,7 +250,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
         checkpoint_activations(causal_lm)
     reached = check_trainable(model)
     if opened.adapter and not reached:
-        remarks.append("a short text reaches a part of the adapters only, see docs/models.md")
+        remarks.append("a short text reaches only a part of the adapters, see docs/models.md")
 
     with ranks.one_by_machine():
         splits = load_splits(source, encoder, config.data, params.overfit_batches, config.seed)
@@ -289,7 +282,7 @@ def set_up(config: TrainConfig, device: Device, resumed_from: Path | None) -> Ru
     )  # fmt: skip
 
 
-def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
+def train(config: TrainConfig, stop: command_line.Stop, quiet: bool = False) -> int:
     """Train as the configuration says; returns the process's exit code.
 
     Raises:
@@ -297,7 +290,7 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
     """
     params = config.trainer.params
     device = open_device(params.accelerator, params.precision)
-    recorder = Recorder(quiet) if device.ranks.rank == 0 else SilentRecorder()
+    recorder = ConsoleRecorder(quiet) if device.ranks.rank == 0 else Recorder()
     directory = Path(config.trainer.checkpoint.dirpath)
     with ExitStack() as until_the_end:
         lock = checkpoint.locked(directory)
@@ -322,7 +315,7 @@ def train(config: TrainConfig, stop: Stop, quiet: bool = False) -> int:
         return loop(run, state, recorder, stop)
 
 
-def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
+def loop(run: Run, state: State, recorder: Recorder, stop: command_line.Stop) -> int:
     """Optimizer steps until the plan is fulfilled or a signal stops it; returns the exit code."""
     device, plan, samples, optimizer = run.device, run.plan, run.splits.train, run.optimizer
     ranks, scaler, params = device.ranks, device.scaler, run.config.trainer.params
@@ -360,9 +353,9 @@ def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
-        # The norm is made whole before it clips: torch 2.9 adds its epsilon to each rank's part.
-        grads = [p.grad for p in run.trainable if p.grad is not None]
-        norm = whole_tensor(torch.nn.utils.get_total_norm(grads))
+        # Gathered before it clips: on slices, torch 2.9 would add its epsilon once for each rank.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in run.trainable if p.grad is not None])
+        norm = whole_tensor(norm)
         clip = params.gradient_clip_val or math.inf
         torch.nn.utils.clip_grads_with_norm_(run.trainable, clip, norm)
         finite = loss.isfinite() & norm.isfinite()
@@ -388,7 +381,7 @@ def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
         state.count(step)
         recorder.step(state, step)
         if not step.applied and not step.overflow:
-            skipped(run, state, recorder, step, rows)
+            report_skipped(run, state, recorder, step, rows)
         if plan.log_due(state, step.applied):
             recorder.log(state, step)
             state.start_window()
@@ -397,10 +390,12 @@ def loop(run: Run, state: State, recorder: SilentRecorder, stop: Stop) -> int:
         save(run, state, recorder)
     stopped_by = max(ranks.all_gather(stop.signal or 0))  # one rank's signal stops all
     recorder.finish(state, stopped_by)
-    return INTERRUPTED + stopped_by if stopped_by else 0
+    return command_line.INTERRUPTED + stopped_by if stopped_by else 0
 
 
-def skipped(run: Run, state: State, recorder: SilentRecorder, step: Step, rows: np.ndarray) -> None:
+def report_skipped(
+    run: Run, state: State, recorder: Recorder, step: Step, rows: np.ndarray
+) -> None:
     """Say which samples a bad step had; raise a UserError if there were too many in a row."""
     limit = run.config.trainer.params.max_bad_steps
     names = numbered(sorted(run.splits.train.rows[rows].tolist()))
@@ -417,7 +412,7 @@ def skipped(run: Run, state: State, recorder: SilentRecorder, step: Step, rows: 
 
 
 def sanity_check(run: Run, say: Callable[[str], None], should_stop: Callable[[], bool]) -> None:
-    """A few validation batches before training, so that what is broken fails now."""
+    """A few validation batches before training, so that a broken setup fails early."""
     count = run.config.trainer.params.num_sanity_val_steps
     if count == 0 or run.resumed_from:
         return
@@ -428,15 +423,13 @@ def sanity_check(run: Run, say: Callable[[str], None], should_stop: Callable[[],
     loss = result[0] / max(1, result[1])
     if not math.isfinite(loss):
         raise UserError(
-            f"sanity validation: the loss before the first step is {loss}, not a number; look "
-            f"at the weights of {run.config.model_name} and at trainer.params.precision"
+            f"sanity validation: the loss before the first step is {loss}, not a finite number; "
+            f"look at the weights of {run.config.model_name} and at trainer.params.precision"
         )
     say(f"sanity    validation loss {loss:.4f}")
 
 
-def validate(
-    run: Run, state: State, recorder: SilentRecorder, should_stop: Callable[[], bool]
-) -> bool:
+def validate(run: Run, state: State, recorder: Recorder, should_stop: Callable[[], bool]) -> bool:
     """Validate, and keep the model if it is the best; false if it was stopped."""
     began = time.monotonic()
     result = evaluate.validate(
@@ -458,7 +451,7 @@ def validate(
     return True
 
 
-def save(run: Run, state: State, recorder: SilentRecorder) -> None:
+def save(run: Run, state: State, recorder: Recorder) -> None:
     """Write a resumable checkpoint, then remove older ones."""
     began, device = time.monotonic(), run.device
     state.saved_at, state.saved_step = state.moment(), state.global_step
@@ -505,47 +498,47 @@ def write_model(run: Run, state: State, name: str, contents: dict[str, Any] | No
 # ----------------------------------------------------------------------------------- commands
 
 
-def test(config: TestConfig, stop: Stop, quiet: bool = False) -> int:
+def test(config: TestConfig, stop: command_line.Stop, quiet: bool = False) -> int:
     """Answer and score the questions of a split; returns the process's exit code."""
     finished = evaluate.test(config, quiet, stop.requested)
     # Unfinished without a signal of its own: another rank had it.
-    return 0 if finished else INTERRUPTED + (stop.signal or signal.SIGTERM)
+    return 0 if finished else command_line.INTERRUPTED + (stop.signal or signal.SIGTERM)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Do what the command line says; returns the process's exit code."""
-    config = configuration(arguments)
+    command, config = arguments.command, command_line.configuration(arguments)
     if isinstance(config, TestConfig):
-        return test(config, Stop("the next save_steps answers"), arguments.quiet)
-    if config is not None and arguments.command == "train":
-        return train(config, Stop(), arguments.quiet)
-    if config is not None:
+        return test(config, command_line.Stop("the next save_steps answers"), arguments.quiet)
+    if command == "train" and config:
+        return train(config, command_line.Stop(), arguments.quiet)
+    if command == "check" and config:
         from extras.check import check
 
         return check(config, set_up, sanity_check)
-    if arguments.command == "ask":
+    if command == "ask":
         from extras.ask import ask
 
         options = (arguments.system, arguments.max_new_tokens, arguments.temperature)
         return ask(arguments.model, arguments.question, *options)
-    if arguments.command == "export":
+    if command == "export":
         from extras.export import export_model
 
         return export_model(arguments.model, arguments.output, arguments.dtype)
-    if arguments.command == "plot":
+    if command == "plot":
         from extras.plot import plot
 
         print(plot([Path(run) for run in arguments.runs], arguments.output))
-        return 0
-    from extras.metrics import compare_logs
+    else:  # test --compare
+        from extras.metrics import compare_logs
 
-    print(compare_logs([Path(log) for log in arguments.compare], seed=0))
+        print(compare_logs([Path(log) for log in arguments.compare], seed=0))
     return 0
 
 
 def main(argv: list[str]) -> int:
-    return guarded(lambda: run_command(parse(argv)))
+    return command_line.guarded(lambda: run_command(command_line.parse(argv)))
 
 
 if __name__ == "__main__":
-    end_process(lambda: main(sys.argv[1:]))
+    command_line.end_process(lambda: main(sys.argv[1:]))

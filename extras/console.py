@@ -1,7 +1,7 @@
 """What a run tells: lines on the terminal, metrics.jsonl, run.json, W&B and curves.
 
-Training tells all of it to one `Recorder`. On ranks that do not speak, a `SilentRecorder` stands in
-its place, so nobody asks who is there.
+Training tells all of it to one `ConsoleRecorder`. On ranks that do not speak, a silent `Recorder`
+stands in its place, so nobody asks who is there.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def duration(seconds: float) -> str:
 # ------------------------------------------------------------------------------------ recorders
 
 
-class SilentRecorder:
+class Recorder:
     """Takes everything that a run tells, and tells nobody."""
 
     def start(self, run: Run, state: State, metrics_size: int) -> None:
@@ -209,7 +209,7 @@ class SilentRecorder:
         """End the records, however the run ended."""
 
 
-class Recorder(SilentRecorder):
+class ConsoleRecorder(Recorder):
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(quiet=quiet)
         self.answers: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ from checkpoint import State
 from config import Adapter, ModelParams, UserError
 from conftest import KINDS, Runner, cli, conversations, metrics_of, newest, set_up, weights_of
 from data import Encoder, collate, prepare_train
-from extras.console import SilentRecorder
+from extras.console import Recorder
 from model import AnswerModel, load_model, open_model
 
 SMALL = {"r": 4, "alpha": 8}
@@ -184,7 +184,8 @@ def test_a_checkpoint_holds_the_adapter_and_what_it_is_one_of(
     directory = run(**STEP, model_params__adapter=SMALL)
     names = {path.name for path in newest(directory).iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "generation_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json",
         "manifest.json", "sft.json", "tokenizer.json", "tokenizer_config.json", "trainer.yaml",
         "trainer_state.pt",
     }  # fmt: skip
@@ -216,7 +217,7 @@ def test_a_resumed_run_has_the_same_bits(run: Runner) -> None:
 def test_the_base_stays_as_it_is_to_the_bit(run: Runner) -> None:
     made = set_up(run.config(**STEP, model_params__adapter=SMALL))
     before = {n: p.clone() for n, p in made.model.model.named_parameters()}
-    sft.loop(made, State(), SilentRecorder(), SimpleNamespace(requested=bool, signal=None))
+    sft.loop(made, State(), Recorder(), SimpleNamespace(requested=bool, signal=None))
     for name, parameter in made.model.model.named_parameters():
         assert torch.equal(parameter, before[name]) == ("lora_" not in name), name
     assert [kind for kind, _, trained in made.kinds if trained] == ["adapter"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from conftest import (
     weights_of,
     write_data,
 )
-from data import Conversation, Encoder, collate, prepare_train
+from data import Batch, Conversation, Encoder, collate, prepare_train
+from device import Device
+from model import AnswerModel
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
@@ -488,3 +491,23 @@ def test_a_batch_without_targets_adds_nothing(run: Runner, tokenizer: Any) -> No
     assert all(float(g.abs().sum()) == 0 for g in grads)
     pairs = [Conversation.of_pair(1, "What is this?", "a very long answer")]
     assert len(prepare_train(pairs, Encoder(tokenizer), 3, truncate_prompt=False)) == 0
+
+
+def test_no_gradient_outlives_its_step(run: Runner, monkeypatch: Any) -> None:
+    """A name that keeps them would cost the memory of the weights once more."""
+    forward, step_if = AnswerModel.forward, Device.step_if
+    grads: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def count(self: AnswerModel, batch: Batch) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in grads))
+        return forward(self, batch)
+
+    def remember(self: Device, finite: Any, optimizer: torch.optim.Optimizer) -> None:
+        grads.extend(weakref.ref(p.grad) for g in optimizer.param_groups for p in g["params"])
+        step_if(self, finite, optimizer)
+
+    monkeypatch.setattr(AnswerModel, "forward", count)
+    monkeypatch.setattr(Device, "step_if", remember)
+    run(trainer__params__max_epochs=1)
+    assert len(grads) > 20 and len(alive) > 6 and not any(alive)
