@@ -85,7 +85,11 @@ def kill_and_resume(moments: list[Moment], path: Path) -> tuple[Path, Counter[st
 
 
 @pytest.mark.parametrize(
-    "where, numbers", [("write", [9, 25, 31]), ("step", [5, 3])], ids=["write", "step"]
+    "where, numbers",
+    [
+        pytest.param("write", [9, 25, 31], id="write"),
+        pytest.param("step", [5, 3], id="step", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_resumes_bitwise(
     where: str,
@@ -140,7 +144,9 @@ def wait_for_steps(run: Path, count: int = 2) -> None:
     raise AssertionError("the run did not start")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_says_how_to_resume(number: signal.Signals, run: Runner) -> None:
     path = run.file(trainer__params__max_epochs=5000)
     directory = path.with_suffix("")

@@ -202,7 +202,9 @@ def test_a_stopped_test_keeps_the_answers_it_has_begun(
     assert log.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_test_goes_on_byte_for_byte(
     number: signal.Signals, run: Runner, tmp_path: Path
 ) -> None:

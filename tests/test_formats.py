@@ -820,6 +820,7 @@ def from_hub(name: str, endpoint: str, home: Path) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_is_fetched_and_kept(hub: str, tmp_path: Path) -> None:
     asked = [question for question, _ in PAIRS]
     expected = [[*asked, asked[0]], ["shape: pairs (Question -> question, Answer -> answer)"]]
