@@ -130,9 +130,14 @@ class ChatEncoder(Encoder):
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt = self._render(row, chat[:i], tools, ask=True)
             last = i == len(messages) - 1 and not ask
-            said = whole if last else self._render(row, chat[: i + 1], tools)
+            try:
+                prompt = self._render(row, chat[:i], tools, ask=True)
+                said = whole if last else self._render(row, chat[: i + 1], tools)
+            except UserError:  # a greeting before any question, say
+                if message.trained:
+                    raise
+                continue
             while not whole.startswith(said):  # a further token may end a whole conversation
                 shorter = self.trailing.sub("", said)
                 said = shorter if shorter != said else ""

@@ -186,6 +186,18 @@ def test_a_message_that_is_not_trained_is_no_target() -> None:
     assert targets(encoder.tokenizer, ids, mask) == ["d<|im_end|>"]
 
 
+def test_a_greeting_before_any_question_is_no_obstacle() -> None:
+    """SmolLM2's template looks at the first message, and in front of a greeting there is none."""
+    encoder = ChatEncoder(tokenizer_for("smollm2"))
+    greeting = Message("assistant", "Hello")
+    whole = talk("a", "b")._replace(messages=(greeting, *talk("a", "b").messages))
+    ids, mask = one(encoder, whole)
+    assert targets(encoder.tokenizer, ids, mask) == ["b<|im_end|>"]
+    trained = whole._replace(messages=(greeting._replace(trained=True), *whole.messages[1:]))
+    with pytest.raises(UserError, match="row 1: the chat template"):
+        encoder.encode([trained])
+
+
 def test_tool_calls_and_results_go_through_the_template() -> None:
     encoder = ChatEncoder(tokenizer_for("qwen2.5"))
     call = {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
