@@ -132,6 +132,11 @@ class Encoded(NamedTuple):
     input_ids: list[int]
     target_mask: list[int]
 
+    @property
+    def prompt_length(self) -> int:
+        """How many ids stand before the last run of targets, which ends the sample."""
+        return len(self.target_mask) - self.target_mask[::-1].index(0)
+
 
 class Encoder:
     """Conversations as token ids and target masks; the template is a text with {question}.
@@ -160,12 +165,12 @@ class Encoder:
         control = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
         self.control_token = re.compile("|".join(map(re.escape, control)))
         self.control_ids = set(tokenizer.convert_tokens_to_ids(control))
-        plain, whole = self.plain_ids("a"), tokenizer("a")["input_ids"]
+        (plain,), whole = self.plain_ids(["a"]), tokenizer("a")["input_ids"]
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self.prefix: list[int] = whole[:start]
         # SentencePiece puts a space in front of a text, which is none inside of one.
-        self.lead = self.plain_ids("\n")
-        self.adds_space = self.plain_ids("\na") != self.lead + plain
+        self.lead, after = self.plain_ids(["\n", "\na"])
+        self.adds_space = after != self.lead + plain
         self.end_ids: list[int] = [tokenizer.eos_token_id]
         control_at_end = re.search(f"({self.control_token.pattern})$", template)
         self.space = "" if control_at_end or template[-1:].isspace() else " "
@@ -179,8 +184,9 @@ class Encoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def plain_ids(self, text: str) -> list[int]:
-        return self._tokenize([text], control=False)[0]
+    def plain_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts in which no control token counts."""
+        return self._tokenize(texts, control=False)
 
     def quoted(self, text: str) -> str:
         """The text with a mark around each control token in it, which `ids` then takes as text."""
@@ -198,14 +204,16 @@ class Encoder:
             ids += self._tokenize([part], control=i % 2 == 0)[0] if part else []
         return ids
 
-    def continuing(self, texts: list[str]) -> list[list[int]]:
-        """The ids of plain texts that stand behind others, without a space of the tokenizer's."""
+    def continuing(self, texts: list[str], *, control: bool) -> list[list[int]]:
+        """The ids of texts that stand behind others, without a space of the tokenizer's.
+
+        control: control tokens count, except where they are quoted.
+        """
+        ids_of, size = self.ids if control else self.plain_ids, len(self.lead)
         if not self.adds_space:
-            return self._tokenize(texts, control=False)
-        found = self._tokenize([f"\n{text}" for text in texts], control=False)
-        size = len(self.lead)
-        whole = zip(texts, found)
-        return [i[size:] if i[:size] == self.lead else self.plain_ids(t) for t, i in whole]
+            return ids_of(texts)
+        both = zip(texts, ids_of([f"\n{text}" for text in texts]))
+        return [i[size:] if i[:size] == self.lead else ids_of([t])[0] for t, i in both]
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[Encoded]]:
         """Each conversation as samples, nearly always one; without an answer, as its prompt.
@@ -216,7 +224,7 @@ class Encoder:
         prompts = self.prompts(conversations)
         answers = [c.answer for c in conversations if c.answer is not None]
         spaces = ("" if a[:1].isspace() else self.space for a in answers)
-        targets = iter(self.continuing([f"{s}{a}" for s, a in zip(spaces, answers)]))
+        targets = iter(self.continuing([f"{s}{a}" for s, a in zip(spaces, answers)], control=False))
         encoded = []
         for conversation, prompt in zip(conversations, prompts):
             target: list[int] = []
@@ -243,7 +251,7 @@ class Encoder:
             found = self.ids([self.template.replace("{question}", q) for q in questions])
         else:
             filled = [self.template.replace("{question}", q) for q in questions]
-            found = self._tokenize(filled, control=False)
+            found = self.plain_ids(filled)
         # A template that is written with the BOS token has the prefix already.
         size = len(self.prefix)
         return [ids if ids[:size] == self.prefix else self.prefix + ids for ids in found]
@@ -455,7 +463,7 @@ def _fit(
     shorter, ids, mask = whole
     if len(ids) > max_length and truncate_prompt:
         # As many as the prompt may have beside the last answer.
-        room = max_length - mask[::-1].index(0)
+        room = max_length - (len(ids) - whole.prompt_length)
         shorter, ids, mask = encoder.encode([shorten(encoder, shorter, room)])[0][-1]
     targets, ids, mask = sum(mask), ids[:max_length], mask[:max_length]
     if not any(mask):

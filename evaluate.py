@@ -353,7 +353,7 @@ def reference_samples(encoder: Encoder, prompts: Sequence[Prompt], context: int 
     for prompt, parts in zip(prompts, encoder.encode([prompt.conversation for prompt in prompts])):
         # The question may have been cut; what is answered is the prompt as it was given.
         whole = parts[-1]
-        target = whole.input_ids[len(whole.input_ids) - whole.target_mask[::-1].index(0) :]
+        target = whole.input_ids[whole.prompt_length :]
         ids = [*prompt.input_ids, *target][:context]
         mask = ([0] * len(prompt.input_ids) + [1] * len(target))[: len(ids)]
         flat_ids += ids

@@ -7,9 +7,9 @@
     y = W x + s B A x,  s = alpha / r
 
 Hu et al. 2021, arXiv:2106.09685. B begins as zero, so the first step starts from the model's own
-loss; W never gets a gradient and no state in the optimizer. A projection
-stays the module that it was, under its own name: its class gets `LoRA` in front, and A and B are
-`lora_A` and `lora_B` inside it, which is what PEFT calls them.
+loss; W never gets a gradient and no state in the optimizer. A projection stays the module that it
+was, under its own name: its class gets `LoRA` in front, and A and B are `lora_A` and `lora_B`
+inside it, which is what PEFT calls them.
 
     attach    new adapters onto a model
     saved     what trains, and so what a checkpoint holds

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 import lora
 from checkpoint import sha256_of
 from config import ModelParams, UserError, first_line
+from extras.model_checks import some_lines
+from extras.model_files import WEIGHT_FILES
 
 if TYPE_CHECKING:
     from model import Opened
 
-SHOWN = 4  # lines of a message
 # Keys of adapter_config.json. The file of weights itself says which modules have an adapter, so
 # those that select modules need not be understood. Of the others, only these values are.
 USED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "base_model_name_or_path"}
@@ -114,9 +115,7 @@ def check_tensors(path: Path, model: PreTrainedModel, tensors: dict[str, Tensor]
         elif not bool(tensor.isfinite().all()):
             wrong.append(f"{name}: holds numbers that are not finite")
     if wrong:
-        more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-        lines = "\n".join(f"  {line}" for line in [*wrong[:SHOWN], *more])
-        raise UserError(f"{path}: not an adapter of {model.name_or_path}:\n{lines}")
+        raise UserError(f"{path}: not an adapter of {model.name_or_path}:\n{some_lines(wrong)}")
 
 
 def names_of(model: PreTrainedModel) -> list[str]:
@@ -161,7 +160,8 @@ def check_continued(opened: Opened, params: ModelParams) -> None:
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 over the weights of a base, wherever they lie."""
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("pytorch_model*.bin"))
+    kinds = (sorted(directory.glob(pattern)) for pattern in WEIGHT_FILES)
+    files = next(filter(None, kinds), [])
     sums = [f"{file.name} {sha256_of(file)}" for file in files]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 

@@ -247,7 +247,4 @@ class ChatEncoder(Encoder):
         return ids, placed
 
     def _behind(self, text: str) -> list[int]:
-        """The ids of a text that stands behind another one, see `lead`."""
-        ids = self.ids_of(f"\n{text}") if self.adds_space else []
-        size = len(self.lead)
-        return ids[size:] if ids and ids[:size] == self.lead else self.ids_of(text)
+        return self.continuing([text], control=True)[0]

@@ -38,17 +38,19 @@ def check_loaded(file: str, model: PreTrainedModel, found: dict[str, Any]) -> li
     mismatched = sorted(found["mismatched_keys"], key=str)
     if mismatched:
         lines = [f"{key}: found {list(a)}; config.json wants {list(b)}" for key, a, b in mismatched]
-        raise UserError(f"{place}: {_parameters(len(lines))} of another shape\n{_some(lines)}")
+        raise UserError(f"{place}: {_parameters(len(lines))} of another shape\n{some_lines(lines)}")
     if missing:
         other = ""
         if unexpected:
             other = f"\n  found {_parameters(len(unexpected))} that it has no place for:"
-            other += f"\n{_some(unexpected)}"
+            other += f"\n{some_lines(unexpected)}"
             wrapper = unexpected[0].removesuffix(missing[0])
             if wrapper and all(key.startswith(wrapper) for key in unexpected):
                 other += f"\n  every name begins with {wrapper!r}, as torch.compile and DDP write"
                 other += " it; save the model that is inside of them"
-        raise UserError(f"{place}: missing {_parameters(len(missing))}\n{_some(missing)}{other}")
+        raise UserError(
+            f"{place}: missing {_parameters(len(missing))}\n{some_lines(missing)}{other}"
+        )
     # A head for another task may be left over; another block, or a bias that a module lacks, means
     # that config.json is about another model.
     owners = {key.rpartition(".")[0] for key, _ in model.named_parameters()}
@@ -63,7 +65,7 @@ def check_loaded(file: str, model: PreTrainedModel, found: dict[str, Any]) -> li
             raise UserError(
                 f"{place}: found {_parameters(len(unexpected))} that it has no place for, some in "
                 "its own blocks: config.json has other sizes (num_hidden_layers, say), or the file "
-                f"holds an adapter or layers for multi-token prediction\n{_some(unexpected)}"
+                f"holds an adapter or layers for multi-token prediction\n{some_lines(unexpected)}"
             )
     for key, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -91,7 +93,7 @@ def _parameters(count: int) -> str:
     return "1 parameter" if count == 1 else f"{count:,} parameters"
 
 
-def _some(lines: list[str]) -> str:
+def some_lines(lines: list[str]) -> str:
     more = [f"... and {len(lines) - SHOWN_KEYS} more"] if len(lines) > SHOWN_KEYS else []
     return "\n".join(f"  {line}" for line in [*lines[:SHOWN_KEYS], *more])
 
